@@ -1,0 +1,71 @@
+// pybind11 module _C: the kernels as plain functions. Tensors come as tuples (data_ptr, dtype code, strides...)
+// or None; ppo_kernels/cpu makes them. The GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<ppok::View> {
+  PYBIND11_TYPE_CASTER(ppok::View, const_name("tuple[int, ...] | None"));
+  bool load(handle source, bool) {
+    value = ppok::View{};
+    if (source.is_none()) return true;
+    PyObject* tuple = source.ptr();
+    if (!PyTuple_Check(tuple)) return false;
+    const Py_ssize_t size = PyTuple_GET_SIZE(tuple);
+    if (size < 2 || size > 5) return false;
+    value.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(tuple, 0));
+    value.dtype = static_cast<int32_t>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, 1)));
+    for (Py_ssize_t i = 2; i < size; ++i) value.stride[i - 2] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
+    return PyErr_Occurred() ? (PyErr_Clear(), false) : true;
+  }
+};
+
+template <>
+struct type_caster<ppok::Fault> {
+  PYBIND11_TYPE_CASTER(ppok::Fault, const_name("tuple[int, int] | None"));
+  static handle cast(const ppok::Fault& fault, return_value_policy, handle) {
+    if (fault.kind == ppok::kNoFault) return none().release();
+    return make_tuple(fault.kind, fault.where).release();
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace {
+
+using namespace ppok;
+
+// The Python function takes the fields of Args in order; Fields... spells their types.
+template <class Args, class... Fields>
+void def(py::module_& m, const char* name, Fault (*KernelTable::* kernel)(const Args&)) {
+  m.def(name, [kernel](Fields... fields) {
+    const Args args{fields...};
+    py::gil_scoped_release release;
+    return (active().*kernel)(args);
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("version") = PPOK_VERSION;
+  m.attr("compiler") = PPOK_COMPILER;
+  m.attr("openmp") = static_cast<bool>(PPOK_OPENMP);
+  m.def("isa", [] { return std::string(active().isa); });
+  m.def("supported_isas", &supported_isas);
+  m.def("set_isa", &set_isa);
+  active();  // an unusable PPO_KERNELS_CPU_ISA fails at import, where the package reports it
+
+  using i64 = int64_t;
+  def<LogprobForward, View, View, View, View, i64, i64, i64, i64, double, double, double, View, View, View, i64>(
+      m, "logprob_forward", &KernelTable::logprob_forward);
+  def<LogprobBackward, View, View, View, View, View, View, View, View, i64, i64, i64, i64, double, double, double,
+      View, i64>(m, "logprob_backward", &KernelTable::logprob_backward);
+}

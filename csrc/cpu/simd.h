@@ -1,0 +1,177 @@
+// The vector type of the instruction set this file is compiled for, and the functions the kernels need on it.
+//
+// GCC/Clang vector extensions, so that the order of every sum is written down rather than chosen by the
+// vectoriser; intrinsics only where the compiler has no words for the instruction. Kernel files include C headers
+// only and live in a namespace per instruction set: an inline function emitted with AVX-512 code must never be
+// merged with one of the generic path.
+#pragma once
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(PPOK_ISA_AVX2) || defined(PPOK_ISA_AVX512)
+#include <immintrin.h>
+#endif
+
+#if defined(PPOK_ISA_AVX512)
+#define PPOK_VECTOR_BYTES 64
+#elif defined(PPOK_ISA_AVX2)
+#define PPOK_VECTOR_BYTES 32
+#else
+#define PPOK_VECTOR_BYTES 16
+#endif
+
+#define PPOK_INLINE inline __attribute__((always_inline))
+
+namespace ppok {
+namespace PPOK_ISA {
+
+constexpr int kLanes = PPOK_VECTOR_BYTES / 4;
+
+typedef float vfloat __attribute__((vector_size(PPOK_VECTOR_BYTES)));
+typedef int32_t vint __attribute__((vector_size(PPOK_VECTOR_BYTES)));
+typedef uint32_t vuint __attribute__((vector_size(PPOK_VECTOR_BYTES)));
+typedef uint16_t vhalf __attribute__((vector_size(PPOK_VECTOR_BYTES / 2)));
+typedef float vfloat_mem __attribute__((vector_size(PPOK_VECTOR_BYTES), aligned(4), may_alias));
+typedef uint16_t vhalf_mem __attribute__((vector_size(PPOK_VECTOR_BYTES / 2), aligned(2), may_alias));
+
+PPOK_INLINE vfloat splat(float x) { return x - vfloat{}; }
+PPOK_INLINE vfloat load(const float* p) { return *reinterpret_cast<const vfloat_mem*>(p); }
+PPOK_INLINE void store(float* p, vfloat x) { *reinterpret_cast<vfloat_mem*>(p) = x; }
+PPOK_INLINE vfloat bits_to_float(vint x) { return reinterpret_cast<vfloat>(x); }
+PPOK_INLINE vint float_to_bits(vfloat x) { return reinterpret_cast<vint>(x); }
+PPOK_INLINE vfloat select(vint condition, vfloat a, vfloat b) { return condition ? a : b; }
+PPOK_INLINE vfloat max_or_second(vfloat a, vfloat b) { return a > b ? a : b; }  // a NaN in a is dropped
+
+// ---- half precision -----------------------------------------------------------------------------------------
+
+PPOK_INLINE vfloat load_bf16(const uint16_t* p) {
+  const vhalf_mem half = *reinterpret_cast<const vhalf_mem*>(p);
+  return reinterpret_cast<vfloat>(__builtin_convertvector(half, vuint) << 16);
+}
+
+// Round to nearest even; NaN stays NaN (quiet).
+PPOK_INLINE void store_bf16(uint16_t* p, vfloat x) {
+  const vuint bits = reinterpret_cast<vuint>(x);
+  const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vuint nan = (bits >> 16) | 0x40u;
+  const vuint half = (x != x) ? nan : rounded;
+  *reinterpret_cast<vhalf_mem*>(p) = __builtin_convertvector(half, vhalf);
+}
+
+PPOK_INLINE vfloat load_f16(const uint16_t* p) {
+#if defined(PPOK_ISA_AVX512)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(PPOK_ISA_AVX2)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  // Magnitude: exponent and mantissa moved into place, exponent re-biased (112) exactly by a multiplication;
+  // subnormal halves have no exponent to re-bias and go through an integer conversion instead.
+  const vhalf_mem half = *reinterpret_cast<const vhalf_mem*>(p);
+  const vuint bits = __builtin_convertvector(half, vuint);
+  const vuint magnitude = bits & 0x7fffu, sign = (bits & 0x8000u) << 16;
+  const vuint normal = (magnitude << 13) + (magnitude >= 0x7c00u ? vuint{} + (224u << 23) : vuint{} + (112u << 23));
+  const vfloat subnormal = __builtin_convertvector(reinterpret_cast<vint>(magnitude), vfloat) * 0x1p-24f;
+  const vuint value = magnitude < 0x400u ? reinterpret_cast<vuint>(subnormal) : normal;
+  return reinterpret_cast<vfloat>(value | sign);
+#endif
+}
+
+PPOK_INLINE void store_f16(uint16_t* p, vfloat x) {
+#if defined(PPOK_ISA_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(PPOK_ISA_AVX2)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const vuint bits = reinterpret_cast<vuint>(x);
+  const vuint magnitude = bits & 0x7fffffffu;
+  const vuint normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14 the result is subnormal: adding 0.5 rounds at its last bit, in the current (nearest) mode.
+  const vuint subnormal =
+      reinterpret_cast<vuint>(reinterpret_cast<vfloat>(magnitude) + 0.5f) - reinterpret_cast<vuint>(splat(0.5f));
+  vuint half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? vuint{} + 0x7c00u : half;  // 65520 and above round to infinity
+  half = magnitude > 0x7f800000u ? vuint{} + 0x7e00u : half;
+  *reinterpret_cast<vhalf_mem*>(p) = __builtin_convertvector(half | ((bits >> 16) & 0x8000u), vhalf);
+#endif
+}
+
+// ---- elementary functions -----------------------------------------------------------------------------------
+
+// e^x for any x: NaN stays NaN, overflow gives inf, -inf gives exactly 0. Error below 1.5 ulp of the result.
+PPOK_INLINE vfloat vexp(vfloat x) {
+  // Beyond these bounds the result is 0 or inf; they keep the range reduction finite.
+  x = x < splat(-104.f) ? splat(-104.f) : x;
+  x = x > splat(89.f) ? splat(89.f) : x;
+#if defined(PPOK_ISA_AVX512)
+  const vfloat n = _mm512_roundscale_ps(x * 1.44269504088896341f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vfloat magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+  const vfloat shifted = x * 1.44269504088896341f + magic;
+  const vfloat n = shifted - magic;
+#endif
+  vfloat r = x - n * 0.693359375f;  // ln 2 in two parts, the first exact in 9 bits
+  r = r + n * 2.12194440e-4f;
+  vfloat p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+#if defined(PPOK_ISA_AVX512)
+  return _mm512_scalef_ps(p, n);
+#else
+  const vint exponent = float_to_bits(shifted) - float_to_bits(magic);  // in [-150, 129]: two steps of scaling
+  const vint half = exponent >> 1;
+  return p * bits_to_float((half + 127) << 23) * bits_to_float((exponent - half + 127) << 23);
+#endif
+}
+
+// tanh(x): relative error below 2 ulp, NaN stays NaN.
+PPOK_INLINE vfloat vtanh(vfloat x) {
+  const vfloat size = bits_to_float(float_to_bits(x) & 0x7fffffff);
+  const vfloat square = x * x;
+  vfloat p = splat(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const vfloat small = p * square * x + x;
+  const vfloat large = 1.f - 2.f / (vexp(size + size) + 1.f);
+  const vfloat signed_large = bits_to_float(float_to_bits(large) | (float_to_bits(x) & INT32_MIN));
+  return select(size < splat(0.625f), small, signed_large);
+}
+
+// 1 - tanh(x)^2, by exponentials: relative accuracy in the tails.
+PPOK_INLINE vfloat vsech2(vfloat x) {
+  const vfloat size = bits_to_float(float_to_bits(x) & 0x7fffffff);
+  const vfloat e = vexp(-(size + size));
+  return 4.f * e / ((1.f + e) * (1.f + e));
+}
+
+// ---- horizontal reductions, in one fixed order --------------------------------------------------------------
+
+PPOK_INLINE double sum_lanes(vfloat x) {
+  double lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = x[i];
+  for (int step = kLanes / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  return lanes[0];
+}
+
+PPOK_INLINE float max_lanes(vfloat x) {
+  float m = x[0];
+  for (int i = 1; i < kLanes; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+}
+
+// The same functions on one double: fp64 inputs take the plain path.
+PPOK_INLINE double sech2(double x) {
+  const double e = exp(-2. * fabs(x));
+  return 4. * e / ((1. + e) * (1. + e));
+}
+
+}  // namespace PPOK_ISA
+}  // namespace ppok

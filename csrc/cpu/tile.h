@@ -1,0 +1,167 @@
+// Reading and writing runs of a tensor of any dtype and stride as contiguous float or double tiles.
+//
+// A kernel is written once, over tiles that stay in the first-level cache; a run that already is contiguous and of
+// the right dtype is read in place.
+#pragma once
+#include "cpu/simd.h"
+#include "kernels.h"
+
+namespace ppok {
+namespace PPOK_ISA {
+
+PPOK_INLINE int64_t element_size(int32_t dtype) {
+  switch (dtype) {
+    case kF64:
+    case kI64:
+      return 8;
+    case kF32:
+    case kI32:
+      return 4;
+    case kBF16:
+    case kF16:
+    case kI16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+template <class T>
+struct DTypeOf;
+template <>
+struct DTypeOf<float> {
+  static constexpr int32_t value = kF32;
+};
+template <>
+struct DTypeOf<double> {
+  static constexpr int32_t value = kF64;
+};
+
+PPOK_INLINE char* address(const View& v, int64_t row, int64_t col) {
+  return static_cast<char*>(v.data) + (row * v.stride[0] + col * v.stride[1]) * element_size(v.dtype);
+}
+
+inline float half_bits_to_float(uint16_t bits, bool bf16) {
+  uint16_t lanes[kLanes] = {bits};
+  return bf16 ? load_bf16(lanes)[0] : load_f16(lanes)[0];
+}
+
+inline uint16_t float_to_half_bits(float x, bool bf16) {
+  uint16_t lanes[kLanes];
+  bf16 ? store_bf16(lanes, splat(x)) : store_f16(lanes, splat(x));
+  return lanes[0];
+}
+
+template <class T>
+inline void read_strided(const void* data, int32_t dtype, int64_t stride, int64_t n, T* out) {
+  switch (dtype) {
+    case kF32:
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const float*>(data)[i * stride]);
+      return;
+    case kF64:
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const double*>(data)[i * stride]);
+      return;
+    case kBF16:
+    case kF16:
+      for (int64_t i = 0; i < n; ++i)
+        out[i] = half_bits_to_float(static_cast<const uint16_t*>(data)[i * stride], dtype == kBF16);
+      return;
+    case kI64:
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const int64_t*>(data)[i * stride]);
+      return;
+    case kI32:
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const int32_t*>(data)[i * stride]);
+      return;
+    case kI16:
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const int16_t*>(data)[i * stride]);
+      return;
+    case kI8:
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const int8_t*>(data)[i * stride]);
+      return;
+    default:
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const uint8_t*>(data)[i * stride]);
+  }
+}
+
+// n elements from data on, as T: in place where they already are contiguous T, else converted into buffer.
+template <class T>
+inline const T* read_run(const void* data, int32_t dtype, int64_t stride, int64_t n, T* buffer) {
+  if (stride == 1 && dtype == DTypeOf<T>::value) return static_cast<const T*>(data);
+  if (stride == 1 && sizeof(T) == 4 && (dtype == kBF16 || dtype == kF16)) {
+    const uint16_t* half = static_cast<const uint16_t*>(data);
+    float* out = reinterpret_cast<float*>(buffer);
+    int64_t i = 0;
+    if (dtype == kBF16)
+      for (; i + kLanes <= n; i += kLanes) store(out + i, load_bf16(half + i));
+    else
+      for (; i + kLanes <= n; i += kLanes) store(out + i, load_f16(half + i));
+    for (; i < n; ++i) out[i] = half_bits_to_float(half[i], dtype == kBF16);
+    return buffer;
+  }
+  read_strided(data, dtype, stride, n, buffer);
+  return buffer;
+}
+
+template <class T>
+inline const T* read_tile(const View& v, int64_t row, int64_t col, int64_t n, T* buffer) {
+  return read_run(address(v, row, col), v.dtype, v.stride[1], n, buffer);
+}
+
+template <class T>
+PPOK_INLINE T read_one(const View& v, int64_t row, int64_t col) {
+  T value;
+  read_strided(address(v, row, col), v.dtype, 1, 1, &value);
+  return value;
+}
+
+PPOK_INLINE int64_t read_index(const View& v, int64_t row, int64_t col) {
+  const void* p = address(v, row, col);
+  return v.dtype == kI64 ? *static_cast<const int64_t*>(p) : *static_cast<const int32_t*>(p);
+}
+
+// Any nonzero counts as live, whatever the mask's dtype; an absent mask is live everywhere.
+inline bool is_live(const View& mask, int64_t row, int64_t col) {
+  if (!mask.data) return true;
+  const void* p = address(mask, row, col);
+  if (mask.dtype == kI64) return *static_cast<const int64_t*>(p) != 0;
+  return element_size(mask.dtype) == 1 ? *static_cast<const uint8_t*>(p) != 0 : read_one<double>(mask, row, col) != 0.;
+}
+
+// Writes n elements of T from `from` (already in place when it is the destination itself).
+template <class T>
+inline void write_run(void* data, int32_t dtype, int64_t stride, int64_t n, const T* from) {
+  if (dtype == kF32) {
+    float* out = static_cast<float*>(data);
+    if (static_cast<const void*>(from) == data && sizeof(T) == 4) return;
+    for (int64_t i = 0; i < n; ++i) out[i * stride] = static_cast<float>(from[i]);
+  } else if (dtype == kF64) {
+    double* out = static_cast<double*>(data);
+    if (static_cast<const void*>(from) == data && sizeof(T) == 8) return;
+    for (int64_t i = 0; i < n; ++i) out[i * stride] = static_cast<double>(from[i]);
+  } else {
+    uint16_t* out = static_cast<uint16_t*>(data);
+    int64_t i = 0;
+    if (sizeof(T) == 4 && stride == 1) {
+      const float* source = reinterpret_cast<const float*>(from);
+      if (dtype == kBF16)
+        for (; i + kLanes <= n; i += kLanes) store_bf16(out + i, load(source + i));
+      else
+        for (; i + kLanes <= n; i += kLanes) store_f16(out + i, load(source + i));
+    }
+    for (; i < n; ++i) out[i * stride] = float_to_half_bits(static_cast<float>(from[i]), dtype == kBF16);
+  }
+}
+
+template <class T>
+inline void write_tile(const View& v, int64_t row, int64_t col, int64_t n, const T* from) {
+  write_run(address(v, row, col), v.dtype, v.stride[1], n, from);
+}
+
+// Where a kernel writes n elements before write_run: the destination itself when it is contiguous T.
+template <class T>
+inline T* write_target(void* data, int32_t dtype, int64_t stride, T* buffer) {
+  return stride == 1 && dtype == DTypeOf<T>::value ? static_cast<T*>(data) : buffer;
+}
+
+}  // namespace PPOK_ISA
+}  // namespace ppok

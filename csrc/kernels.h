@@ -1,0 +1,58 @@
+// The C++ face of every kernel: plain pointers, sizes and strides. No torch here or below: one binary
+// serves every torch release, and the kernels can be built, run and sanitized without it.
+//
+// Each kernel takes one argument struct and returns a Fault: the first live position whose data is bad.
+#pragma once
+#include <stdint.h>
+
+namespace ppok {
+
+enum DType : int32_t { kF32, kBF16, kF16, kF64, kBool, kU8, kI8, kI16, kI32, kI64 };
+
+// A tensor as the kernels see it; strides count elements, data == nullptr means "not given".
+// Token tensors are [rows, cols] (packed ones have one row); logits are [rows, cols, vocab].
+struct View {
+  void* data;
+  int32_t dtype;
+  int64_t stride[3];
+};
+
+enum FaultKind : int32_t { kNoFault, kBadToken, kBadTemperature };
+
+struct Fault {
+  int32_t kind;
+  int64_t where;  // flat position, row * cols + col
+};
+
+struct LogprobForward {
+  View logits, tokens, mask, temperatures;
+  int64_t rows, cols, vocab, ignore_index;
+  double temperature, softcap, logit_scale;  // softcap 0: none; temperatures, when given, replaces temperature
+  View logprobs, entropy, state;             // state [rows, cols, 3]: maximum, log of the sum, mean of (z - max)
+  int64_t threads;
+};
+
+struct LogprobBackward {
+  View grad_logprobs, grad_entropy;  // either may be absent
+  View logits, tokens, mask, temperatures, logprobs, state;
+  int64_t rows, cols, vocab, ignore_index;
+  double temperature, softcap, logit_scale;
+  View grad_logits;  // may be logits itself: each element is read before it is written
+  int64_t threads;
+};
+
+// The list every table, declaration and binding is generated from.
+#define PPOK_KERNELS(X)                  \
+  X(logprob_forward, LogprobForward)     \
+  X(logprob_backward, LogprobBackward)
+
+struct KernelTable {
+  const char* isa;
+#define PPOK_FIELD(name, Args) Fault (*name)(const Args&);
+  PPOK_KERNELS(PPOK_FIELD)
+#undef PPOK_FIELD
+};
+
+extern const KernelTable table_generic, table_avx2, table_avx512;
+
+}  // namespace ppok

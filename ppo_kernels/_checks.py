@@ -1,0 +1,95 @@
+"""Bad input: one place that words every complaint, so that all backends say the same.
+
+Each message names the argument, what was given and what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDICES = (torch.int32, torch.int64)
+# Fault kinds of csrc/kernels.h.
+BAD_TOKEN, BAD_TEMPERATURE = 1, 2
+
+
+def tensor(name: str, value: Any, dtypes: Sequence[torch.dtype] | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if dtypes is not None and value.dtype not in dtypes:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(
+            f"{name}: expected dtype {expected}, got {str(value.dtype).removeprefix('torch.')}"
+        )
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int], like: str) -> None:
+    if value.shape != torch.Size(expected):
+        raise ValueError(
+            f"{name}: expected shape {list(expected)} ({like}), got {list(value.shape)}"
+        )
+
+
+def device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} ({like_name}), got {value.device}")
+
+
+def mask(value: Tensor | None, like: Tensor, like_name: str) -> None:
+    if value is None:
+        return
+    tensor("mask", value)
+    shape("mask", value, like.shape, f"as {like_name}")
+    device("mask", value, like, like_name)
+
+
+def constant(name: str, value: Tensor | None) -> None:
+    """PPO treats this input as a constant; a gradient through it would be a silent bug."""
+    if value is not None and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: is a constant of the objective but requires grad; pass {name}.detach()"
+        )
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+) -> None:
+    """A finite Python number in [low, high], or (low, high] with `open_low`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    ok = math.isfinite(value) and (value > low if open_low else value >= low) and value <= high
+    if not ok:
+        bounds = f"{'(' if open_low else '['}{low}, {high}{')' if high == math.inf else ']'}"
+        raise ValueError(f"{name}: expected a finite number in {bounds}, got {value}")
+
+
+def choice(name: str, value: Any, known: Iterable[str]) -> None:
+    known = list(known)
+    if value not in known:
+        raise ValueError(f"{name}: unknown {name} {value!r}, expected one of {', '.join(known)}")
+
+
+def raise_row_fault(
+    fault: tuple[int, int], vocab: int, tokens: Tensor, temperatures: Tensor | None
+) -> NoReturn:
+    kind, where = fault
+    if kind == BAD_TOKEN:
+        raise ValueError(
+            f"tokens: expected ids in [0, {vocab}) or ignore_index at live positions, "
+            f"got {int(tokens.flatten()[where])} at flat position {where}"
+        )
+    assert temperatures is not None
+    raise ValueError(
+        f"temperature: expected finite values above 0 at live positions, "
+        f"got {float(temperatures.flatten()[where])} at flat position {where}"
+    )

@@ -1,0 +1,192 @@
+"""The machinery every op rests on: schema, fake, backends, choice of backend, counters.
+
+An op is declared once, next to its reference (see ``ops/logprob.py``)::
+
+    _FORWARD = Op("logprob_forward", "(Tensor logits, ...) -> (Tensor, Tensor)",
+                  fake=_fake_forward, autograd=_autograd_forward, cpu=cpu.logprob_forward)
+
+and called with the name of the backend that serves it: ``_FORWARD(logits, ..., backend)``. A new backend is one module
+of functions with the same arguments plus one keyword per op, and an entry in ``BACKENDS``.
+
+The op is a ``torch.library`` op with one kernel per device and, at the Autograd key, a plain function that calls a
+``torch.autograd.Function``: this costs a fraction of ``register_autograd`` per call, is opaque to ``torch.compile``
+and passes ``torch.library.opcheck``. The ``torch`` backend is not a kernel: it is the reference itself, which public
+functions call directly, so torch differentiates and compiles it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+from . import cpu
+
+
+class Backend(NamedTuple):
+    """Where a backend runs, and why it cannot (None: it can)."""
+
+    devices: tuple[str, ...]
+    unavailable: str | None
+
+
+# In the order `auto` prefers them. The reference runs wherever torch does.
+BACKENDS: dict[str, Backend] = {
+    "cpu": Backend(("cpu",), cpu.UNAVAILABLE),
+    "torch": Backend((), None),
+}
+OPS: dict[str, Op] = {}
+
+_LIBRARY = torch.library.Library("ppo_kernels", "DEF")
+_counts: Counter[tuple[str, str]] = Counter()
+_chosen: list[str] = [os.environ.get("PPO_KERNELS_BACKEND") or "auto"]
+
+
+def _check_name(name: str, source: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(
+            f"{source}: unknown backend {name!r}, expected one of {', '.join(['auto', *BACKENDS])}"
+        )
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the ``with`` block, calls that name no backend use this one. Applies to the whole process.
+
+    Raises ValueError for an unknown name; a backend that cannot run an op raises when the op is called.
+    """
+    _check_name(name, "use_backend")
+    _chosen.append(name)
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+def op_counts() -> dict[tuple[str, str], int]:
+    """How often each (op, backend) ran since the start or `reset_op_counts`, compiled graphs included.
+
+    Calls that torch.compile traced into the `torch` backend's own operations are not counted.
+    """
+    return dict(_counts)
+
+
+def reset_op_counts() -> None:
+    """Set all counts of `op_counts` back to zero."""
+    _counts.clear()
+
+
+def count(op: str, backend: str) -> None:
+    if not torch.compiler.is_compiling():
+        _counts[op, backend] += 1
+
+
+def refusal(op: Op, backend: str, device: str) -> str | None:
+    """Why `backend` cannot run `op` on `device`, or None if it can."""
+    entry = BACKENDS[backend]
+    if entry.unavailable:
+        return entry.unavailable
+    if backend == "torch":
+        return None
+    if backend not in op.kernels:
+        return f"{op.name} has no {backend} kernel"
+    if device not in entry.devices:
+        return f"runs on {'/'.join(entry.devices)} tensors, these are on {device}"
+    return None
+
+
+def _refuse(op: Op, backend: str, device: str, reason: str) -> NoReturn:
+    others = "; ".join(
+        f"{name}: {refusal(op, name, device) or 'can run'}" for name in BACKENDS if name != backend
+    )
+    raise RuntimeError(f"backend {backend!r} cannot run {op.name}: {reason} ({others})")
+
+
+class Op:
+    """One torch custom op, ``torch.ops.ppo_kernels.<name>``, and the kernels behind it.
+
+    Args:
+        name: The op's name; one public function may own several ops (forward, backward).
+        schema: Its signature; a last argument ``str backend`` is added.
+        fake: Shapes and dtypes of the outputs, from the same arguments without `backend`.
+        autograd: What runs at the Autograd key, with all arguments; it calls `below` for the op itself. Without it,
+            an input that requires grad raises while gradients are recorded.
+        kernels: One function per backend, with the arguments of the schema without `backend`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        fake: Callable[..., Any],
+        autograd: Callable[..., Any] | None = None,
+        **kernels: Callable[..., Any],
+    ) -> None:
+        self.name = name
+        self.kernels = kernels
+        arguments, returns = schema.split(") -> ")
+        _LIBRARY.define(f"{name}{arguments}, str backend) -> {returns}")
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, self._run, key)
+        torch.library.register_fake(
+            f"ppo_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY
+        )
+        _LIBRARY.impl(name, autograd or self._not_differentiable, "Autograd")
+        self._overload = getattr(torch.ops.ppo_kernels, name).default
+        OPS[name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        return self._overload(*args)
+
+    def below(self, *args: Any) -> Any:
+        """The op itself, without autograd: for use inside an autograd.Function."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._overload(*args)
+
+    def resolve(self, device: torch.device, backend: str | None) -> str:
+        """The backend that will run: the one named here, by `use_backend` or by PPO_KERNELS_BACKEND; else the best."""
+        if backend is None:
+            backend = _chosen[-1]
+            _check_name(backend, "PPO_KERNELS_BACKEND")
+        else:
+            _check_name(backend, "backend")
+        if backend == "auto":
+            return next(name for name in BACKENDS if refusal(self, name, device.type) is None)
+        reason = refusal(self, backend, device.type)
+        if reason:
+            _refuse(self, backend, device.type, reason)
+        return backend
+
+    def _run(self, *args: Any) -> Any:
+        backend = args[-1]
+        kernel = self.kernels[backend]
+        _counts[self.name, backend] += 1
+        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                return kernel(*args[:-1])
+        return kernel(*args[:-1])
+
+    def _not_differentiable(self, *args: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise_if_recorded(self.name, args)
+        return self.below(*args)
+
+
+def raise_if_recorded(name: str, args: Sequence[Any]) -> None:
+    if any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        raise RuntimeError(f"ppo_kernels::{name} is not differentiable: an input requires grad")
+
+
+def forbid_double_backward(public_name: str) -> None:
+    """Called first in every backward: recording it would silently drop the second derivative."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{public_name}: double backward is not supported by the compiled kernels (create_graph=True); "
+            'use backend="torch", which torch differentiates any number of times'
+        )

@@ -1,0 +1,61 @@
+"""The `cpu` backend: hands tensors to the C++ kernels of `_C` as pointers, sizes and strides.
+
+One module per op family; each function has the arguments of its op's schema. Shapes, dtypes and devices were checked by
+the public function; what only the data can tell (label range, temperatures, offsets) is checked by the kernel and raised
+here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from .. import _C
+
+    UNAVAILABLE: str | None = None
+except Exception as error:
+    _C = None  # type: ignore[assignment]
+    UNAVAILABLE = (
+        f"the compiled module ppo_kernels._C did not load ({type(error).__name__}: {error})"
+    )
+
+# The order of enum DType in csrc/kernels.h.
+DTYPE_CODES = {
+    dtype: code
+    for code, dtype in enumerate(
+        (
+            torch.float32,
+            torch.bfloat16,
+            torch.float16,
+            torch.float64,
+            torch.bool,
+            torch.uint8,
+            torch.int8,
+            torch.int16,
+            torch.int32,
+            torch.int64,
+        )
+    )
+}
+
+
+def rows(t: Tensor | None, inner: int = 0) -> tuple[int, ...] | None:
+    """A [B, T] tensor, or a [N] one as a single row, for the kernels; then `inner` trailing dimensions."""
+    if t is None:
+        return None
+    strides = t.stride()
+    missing = 2 + inner - len(strides)
+    if missing:
+        strides = (0,) * missing + strides
+    return (t.data_ptr(), DTYPE_CODES[t.dtype], *strides)
+
+
+def two_leading(t: Tensor, inner: int = 0) -> Tensor:
+    """More than two leading dimensions become two: a view where the strides allow it, else a copy."""
+    return t.flatten(0, -2 - inner) if t.dim() > 2 + inner else t
+
+
+def rows_cols(t: Tensor) -> tuple[int, int]:
+    shape = t.shape
+    return (1, 1) if not shape else (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])

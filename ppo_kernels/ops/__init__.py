@@ -1,0 +1,1 @@
+"""One file per op family: public function, reference, autograd.Function, Op declaration."""

@@ -1,0 +1,287 @@
+"""log p(token) and entropy of every row of logits."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _checks
+from .._op import Op, count, forbid_double_backward
+from ..cpu import logprob as cpu
+
+
+class LogProbs(NamedTuple):
+    """Log-probabilities of the tokens and entropies (nats) of their distributions."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def logprobs_from_logits(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    entropy: bool = False,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> Tensor | LogProbs:
+    r"""Log-probability of one token per row of logits, and on request the row's entropy, in nats.
+
+    .. math::
+        z = \mathrm{softcap}(s\,x) / \tau, \qquad
+        \log p(t) = z_t - \log \sum_j e^{z_j}, \qquad
+        H = -\sum_j p_j \log p_j
+
+    with softcap(y) = c tanh(y / c). The logits are read once forward; backward reads them once and writes their
+    gradient once. No [tokens, vocab] tensor is made in fp32. Near p = 1 the log-probability keeps its relative accuracy
+    (log-sum-exp over the *other* tokens), and so does the gradient of the target (by expm1).
+
+    Equivalent to::
+
+        z = logits.float() / temperature
+        logprobs = z.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        entropy = torch.distributions.Categorical(logits=z).entropy()
+
+    Args:
+        logits: [..., V], fp32, bf16, fp16 or fp64, any strides: ``logits[:, :-1]`` is not copied.
+        tokens: [...], int32 or int64 ids in [0, V), any strides. Positions equal to `ignore_index` are masked.
+        temperature: A number, or a tensor that broadcasts to [...]; finite, above 0. Not differentiated.
+        softcap: c above, as in Gemma 2 (arXiv:2408.00118); None for none.
+        logit_scale: s above, as in Cohere's models; above 0.
+        ignore_index: The label that marks a position as masked, in addition to `mask`.
+        mask: [...], nonzero = use. A masked position's logits, label and temperature are never looked at.
+        entropy: Also return the entropy.
+        inplace_backward: Overwrite the logits with their gradient in backward, saving a [tokens, vocab] tensor. A second
+            use of these logits in backward, or a second backward, then raises. Under torch.compile a warning is given
+            and backward is out of place.
+        backend: See `use_backend`.
+
+    Returns:
+        Log-probabilities [...], or ``LogProbs(logprobs, entropy)``, in fp32 (fp64 for fp64 logits); masked positions give
+        0 and a zero gradient. A forbidden token (-inf logit) gives -inf; a row with +inf or NaN, or all -inf, gives NaN.
+        The gradient of the logits has their dtype, rounded once from fp32. Rows whose upstream gradient is exactly 0
+        get a zero gradient and are not read.
+
+    Raises:
+        TypeError, ValueError: Naming the argument, what was given and what was expected; on CPU that includes labels
+            out of range at live positions.
+    """
+    _check(logits, tokens, mask, softcap, logit_scale, ignore_index)
+    if isinstance(temperature, Tensor):
+        temperatures: Tensor | None = _temperatures(temperature, tokens)
+        scalar = 1.0
+    else:
+        _checks.number("temperature", temperature, low=0, open_low=True)
+        temperatures, scalar = None, float(temperature)
+
+    served_by = _FORWARD.resolve(logits.device, backend)
+    if served_by == "torch":
+        count("logprob", "torch")
+        result = _reference(
+            logits, tokens, mask, scalar if temperatures is None else temperatures,
+            softcap, logit_scale, ignore_index, entropy,
+        )  # fmt: skip
+    else:
+        result = _FORWARD(
+            logits, tokens, mask, temperatures, scalar, softcap or 0.0, float(logit_scale),
+            ignore_index, entropy, inplace_backward, served_by,
+        )  # fmt: skip
+    return LogProbs(result[0], result[1]) if entropy else result[0]
+
+
+def _check(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+) -> None:
+    _checks.tensor("logits", logits, _checks.FLOATS)
+    _checks.tensor("tokens", tokens, _checks.INDICES)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected shape [..., V] with V > 0, got {list(logits.shape)}")
+    _checks.shape("tokens", tokens, logits.shape[:-1], "logits without the vocabulary")
+    _checks.device("tokens", tokens, logits, "as logits")
+    _checks.mask(mask, tokens, "tokens")
+    if softcap is not None:
+        _checks.number("softcap", softcap, low=0, open_low=True)
+    _checks.number("logit_scale", logit_scale, low=0, open_low=True)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+
+
+def _temperatures(temperature: Tensor, tokens: Tensor) -> Tensor:
+    _checks.tensor("temperature", temperature, _checks.FLOATS)
+    _checks.device("temperature", temperature, tokens, "as tokens")
+    _checks.constant("temperature", temperature)
+    try:
+        return temperature.expand(tokens.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"temperature: expected a number or a shape that broadcasts to {list(tokens.shape)} "
+            f"(tokens), got {list(temperature.shape)}"
+        ) from None
+
+
+def _reference(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    live = tokens != ignore_index
+    if mask is not None:
+        live = live & (mask != 0)
+    if not torch.compiler.is_compiling() and logits.device.type != "meta":
+        _check_data(tokens, live, temperature, logits.shape[-1])
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    # Selected away before any arithmetic: a NaN under the mask must not reach a product, forward or backward.
+    z = torch.where(live[..., None], z, 0.0) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, Tensor):
+        temperature = torch.where(live, temperature, 1.0).to(z.dtype)[..., None]
+    z = z / temperature
+
+    index = torch.where(live, tokens, 0).long()[..., None]
+    target = z.gather(-1, index)[..., 0]
+    others = z.scatter(-1, index, -torch.inf)
+    highest, where_highest = z.max(-1, keepdim=True)
+    poison = torch.where(highest[..., 0] == torch.inf, torch.nan, 1.0)
+    logprobs = F.logsigmoid(target - _logsumexp(others)) * poison
+    logprobs = torch.where(live, logprobs, 0.0)
+    if not entropy:
+        return logprobs, logprobs
+    # One maximum is taken out of the sum, so that log(sum) = log1p(rest) keeps a rest far below 1.
+    gap = z - highest
+    weight = gap.exp()
+    rest = weight.scatter(-1, where_highest, 0.0).sum(-1)
+    gap = torch.where(gap == -torch.inf, 0.0, gap)
+    entropies = rest.log1p() - (weight * gap).sum(-1) / (1 + rest)
+    return logprobs, torch.where(live, entropies, 0.0)
+
+
+def _logsumexp(z: Tensor) -> Tensor:
+    """logsumexp over the last dimension, with a zero gradient where all is -inf (V = 1)."""
+    empty = (z == -torch.inf).all(-1)
+    return torch.where(empty, -torch.inf, torch.where(empty[..., None], 0.0, z).logsumexp(-1))
+
+
+def _check_data(tokens: Tensor, live: Tensor, temperature: float | Tensor, vocab: int) -> None:
+    faults = [(_checks.BAD_TOKEN, live & ((tokens < 0) | (tokens >= vocab)))]
+    temperatures = None
+    if isinstance(temperature, Tensor):
+        temperatures = temperature
+        faults.append(
+            (_checks.BAD_TEMPERATURE, live & ~((temperature > 0) & temperature.isfinite()))
+        )
+    for kind, bad in faults:
+        if bad.any():
+            where = int(bad.flatten().nonzero()[0])
+            _checks.raise_row_fault((kind, where), vocab, tokens, temperatures)
+
+
+class _Logprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        mask, temperatures, temperature, softcap, scale, ignore_index, _, inplace, backend = args
+        ctx.set_materialize_grads(False)
+        result = _FORWARD.below(logits, tokens, *args)
+        logprobs, _, state = result
+        ctx.save_for_backward(logits, tokens, mask, temperatures, logprobs, state)
+        ctx.settings = (temperature, softcap, scale, ignore_index)
+        ctx.inplace, ctx.backend = inplace, backend
+        ctx.mark_non_differentiable(state)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        forbid_double_backward("logprobs_from_logits")
+        grad_logprobs, grad_entropy, _ = grads
+        nothing = (None,) * 10
+        if grad_logprobs is None and grad_entropy is None:
+            return (None, *nothing)
+        logits = ctx.saved_tensors[0]
+        args = (grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.settings, ctx.backend)
+        if not ctx.inplace:
+            return (_BACKWARD(*args), *nothing)
+        _BACKWARD_INPLACE(*args)
+        # The schema says that the logits are written; the version counter must say so too.
+        torch.autograd.graph.increment_version(logits)
+        return (logits.detach(), *nothing)
+
+
+def _autograd(*args: Any) -> tuple[Tensor, ...]:
+    logits, inplace = args[0], args[-2]
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return _FORWARD.below(*args)
+    if inplace:
+        if type(logits) not in (Tensor, torch.nn.Parameter):
+            warnings.warn(
+                "logprobs_from_logits: inplace_backward=True has no effect under torch.compile; "
+                "backward makes a new tensor",
+                stacklevel=2,
+            )
+            args = (*args[:-2], False, args[-1])
+        elif logits.is_leaf:
+            raise ValueError(
+                "inplace_backward: expected logits computed from parameters, got a leaf tensor, "
+                "which would lose its values"
+            )
+    return _Logprob.apply(*args)
+
+
+def _fake_forward(logits: Tensor, tokens: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    entropy = args[-2]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    shape = tokens.shape
+    return (
+        logits.new_empty(shape, dtype=dtype),
+        logits.new_empty(shape if entropy else (0,), dtype=dtype),
+        logits.new_empty((*shape, 3), dtype=dtype),
+    )
+
+
+def _fake_backward(g: Tensor | None, h: Tensor | None, logits: Tensor, *args: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+_FORWARD = Op(
+    "logprob_forward",
+    "(Tensor logits, Tensor tokens, Tensor? mask, Tensor? temperatures, float temperature, float softcap, "
+    "float logit_scale, int ignore_index, bool entropy, bool inplace_backward) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_forward,
+    autograd=_autograd,
+    cpu=lambda *args: cpu.logprob_forward(*args[:-1]),
+)
+_BACKWARD_SCHEMA = (
+    "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor{} logits, Tensor tokens, Tensor? mask, "
+    "Tensor? temperatures, Tensor logprobs, Tensor state, float temperature, float softcap, "
+    "float logit_scale, int ignore_index) -> {}"
+)
+_BACKWARD = Op(
+    "logprob_backward",
+    _BACKWARD_SCHEMA.format("", "Tensor"),
+    fake=_fake_backward,
+    cpu=cpu.logprob_backward,
+)
+_BACKWARD_INPLACE = Op(
+    "logprob_backward_",
+    _BACKWARD_SCHEMA.format("(a!)", "()"),
+    fake=lambda *args: None,
+    cpu=cpu.logprob_backward_,
+)
