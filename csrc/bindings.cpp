@@ -1,5 +1,5 @@
-// pybind11 module _C: the kernels as plain functions. Tensors come as tuples (data_ptr, dtype code, strides...)
-// or None; ppo_kernels/cpu makes them. The GIL is released while a kernel runs.
+// pybind11 module _C: the kernels as plain functions. Tensors come as tuples (data_ptr, dtype code,
+// strides...) or None; ppo_kernels/cpu makes them. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -22,7 +22,8 @@ struct type_caster<ppok::View> {
     if (size < 2 || size > 5) return false;
     value.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(tuple, 0));
     value.dtype = static_cast<int32_t>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, 1)));
-    for (Py_ssize_t i = 2; i < size; ++i) value.stride[i - 2] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
+    for (Py_ssize_t i = 2; i < size; ++i)
+      value.stride[i - 2] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
     return PyErr_Occurred() ? (PyErr_Clear(), false) : true;
   }
 };
@@ -44,7 +45,7 @@ using namespace ppok;
 
 // The Python function takes the fields of Args in order; Fields... spells their types.
 template <class Args, class... Fields>
-void def(py::module_& m, const char* name, Fault (*KernelTable::* kernel)(const Args&)) {
+void def(py::module_& m, const char* name, Fault (*KernelTable::*kernel)(const Args&)) {
   m.def(name, [kernel](Fields... fields) {
     const Args args{fields...};
     py::gil_scoped_release release;
@@ -64,8 +65,8 @@ PYBIND11_MODULE(_C, m) {
   active();  // an unusable PPO_KERNELS_CPU_ISA fails at import, where the package reports it
 
   using i64 = int64_t;
-  def<LogprobForward, View, View, View, View, i64, i64, i64, i64, double, double, double, View, View, View, i64>(
-      m, "logprob_forward", &KernelTable::logprob_forward);
-  def<LogprobBackward, View, View, View, View, View, View, View, View, i64, i64, i64, i64, double, double, double,
-      View, i64>(m, "logprob_backward", &KernelTable::logprob_backward);
+  def<LogprobForward, View, View, View, View, i64, i64, i64, i64, double, double, double, View,
+      View, View, i64>(m, "logprob_forward", &KernelTable::logprob_forward);
+  def<LogprobBackward, View, View, View, View, View, View, View, View, i64, i64, i64, i64, double,
+      double, double, View, i64>(m, "logprob_backward", &KernelTable::logprob_backward);
 }

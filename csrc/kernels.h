@@ -1,7 +1,8 @@
-// The C++ face of every kernel: plain pointers, sizes and strides. No torch here or below: one binary
-// serves every torch release, and the kernels can be built, run and sanitized without it.
+// The C++ face of every kernel: plain pointers, sizes and strides. No torch here or below: one
+// binary serves every torch release, and the kernels can be built, run and sanitized without it.
 //
-// Each kernel takes one argument struct and returns a Fault: the first live position whose data is bad.
+// Each kernel takes one argument struct and returns a Fault: the first live position whose data is
+// bad.
 #pragma once
 #include <stdint.h>
 
@@ -27,9 +28,9 @@ struct Fault {
 struct LogprobForward {
   View logits, tokens, mask, temperatures;
   int64_t rows, cols, vocab, ignore_index;
-  double temperature, softcap, logit_scale;  // softcap 0: none; temperatures, when given, replaces temperature
-  View logprobs, entropy, state;             // state [rows, cols, 3]: maximum, log of the sum, mean of (z - max)
-  int64_t threads;
+  double temperature, softcap, logit_scale;   // softcap 0: none; temperatures, when given, replaces
+  temperature View logprobs, entropy, state;  // state [rows, cols, 3]: maximum, log of
+  the sum, mean of(z - max) int64_t threads;
 };
 
 struct LogprobBackward {
@@ -42,8 +43,8 @@ struct LogprobBackward {
 };
 
 // The list every table, declaration and binding is generated from.
-#define PPOK_KERNELS(X)                  \
-  X(logprob_forward, LogprobForward)     \
+#define PPOK_KERNELS(X)              \
+  X(logprob_forward, LogprobForward) \
   X(logprob_backward, LogprobBackward)
 
 struct KernelTable {

@@ -1,7 +1,7 @@
 """Fast, exact PPO kernels for language models, as torch custom ops, with a thin trainer."""
 
 try:
-    import torch as _torch
+    import torch  # noqa: F401
 except ImportError as _error:
     raise ImportError(
         "ppo_kernels needs torch >= 2.6; install it with: pip install torch"

@@ -5,13 +5,15 @@ An op is declared once, next to its reference (see ``ops/logprob.py``)::
     _FORWARD = Op("logprob_forward", "(Tensor logits, ...) -> (Tensor, Tensor)",
                   fake=_fake_forward, autograd=_autograd_forward, cpu=cpu.logprob_forward)
 
-and called with the name of the backend that serves it: ``_FORWARD(logits, ..., backend)``. A new backend is one module
-of functions with the same arguments plus one keyword per op, and an entry in ``BACKENDS``.
+and called with the name of the backend that serves it: ``_FORWARD(logits, ..., backend)``. A new
+backend is one module of functions with the same arguments plus one keyword per op, and an entry in
+``BACKENDS``.
 
-The op is a ``torch.library`` op with one kernel per device and, at the Autograd key, a plain function that calls a
-``torch.autograd.Function``: this costs a fraction of ``register_autograd`` per call, is opaque to ``torch.compile``
-and passes ``torch.library.opcheck``. The ``torch`` backend is not a kernel: it is the reference itself, which public
-functions call directly, so torch differentiates and compiles it.
+The op is a ``torch.library`` op with one kernel per device and, at the Autograd key, a plain
+function that calls a ``torch.autograd.Function``: this costs a fraction of ``register_autograd``
+per call, is opaque to ``torch.compile`` and passes ``torch.library.opcheck``. The ``torch`` backend
+is not a kernel: it is the reference itself, which public functions call directly, so torch
+differentiates and compiles it.
 """
 
 from __future__ import annotations
@@ -55,9 +57,9 @@ def _check_name(name: str, source: str) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the ``with`` block, calls that name no backend use this one. Applies to the whole process.
+    """Within the ``with`` block, calls that name no backend use this one, process-wide.
 
-    Raises ValueError for an unknown name; a backend that cannot run an op raises when the op is called.
+    Raises ValueError for an unknown name; a backend that cannot run an op raises when it is called.
     """
     _check_name(name, "use_backend")
     _chosen.append(name)
@@ -68,7 +70,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def op_counts() -> dict[tuple[str, str], int]:
-    """How often each (op, backend) ran since the start or `reset_op_counts`, compiled graphs included.
+    """How often each (op, backend) ran since the start or `reset_op_counts`, compiled or not.
 
     Calls that torch.compile traced into the `torch` backend's own operations are not counted.
     """
@@ -113,8 +115,8 @@ class Op:
         name: The op's name; one public function may own several ops (forward, backward).
         schema: Its signature; a last argument ``str backend`` is added.
         fake: Shapes and dtypes of the outputs, from the same arguments without `backend`.
-        autograd: What runs at the Autograd key, with all arguments; it calls `below` for the op itself. Without it,
-            an input that requires grad raises while gradients are recorded.
+        autograd: What runs at the Autograd key, with all arguments; it calls `below` for the op
+            itself. Without it, an input that requires grad raises while gradients are recorded.
         kernels: One function per backend, with the arguments of the schema without `backend`.
     """
 
@@ -149,7 +151,7 @@ class Op:
             return self._overload(*args)
 
     def resolve(self, device: torch.device, backend: str | None) -> str:
-        """The backend that will run: the one named here, by `use_backend` or by PPO_KERNELS_BACKEND; else the best."""
+        """The backend named here, by `use_backend` or by PPO_KERNELS_BACKEND; else the best."""
         if backend is None:
             backend = _chosen[-1]
             _check_name(backend, "PPO_KERNELS_BACKEND")
@@ -187,6 +189,6 @@ def forbid_double_backward(public_name: str) -> None:
     """Called first in every backward: recording it would silently drop the second derivative."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"{public_name}: double backward is not supported by the compiled kernels (create_graph=True); "
-            'use backend="torch", which torch differentiates any number of times'
+            f"{public_name}: the compiled kernels do not support double backward "
+            '(create_graph=True); use backend="torch", which torch differentiates repeatedly'
         )

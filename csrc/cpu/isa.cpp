@@ -11,7 +11,8 @@ std::vector<const KernelTable*> runnable() {
   std::vector<const KernelTable*> tables{&table_generic};
 #ifdef PPOK_HAS_AVX2
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
   if (avx2) tables.push_back(&table_avx2);
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
@@ -26,7 +27,8 @@ const KernelTable* find(const std::string& name) {
     if (name == table->isa) return table;
     known += std::string(known.empty() ? "" : ", ") + table->isa;
   }
-  throw std::invalid_argument("instruction set '" + name + "' cannot run here: expected one of " + known);
+  throw std::invalid_argument("instruction set '" + name + "' cannot run here: expected one of " +
+                              known);
 }
 
 const KernelTable* initial() {

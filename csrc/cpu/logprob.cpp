@@ -1,13 +1,15 @@
 // Log-probability of one token per row of logits, with entropy, and its gradient.
 //
-// A row is cut at column 0, kChunk, 2 kChunk, ...; each chunk is summed against its own maximum while it sits in the
-// first-level cache, and the chunks are merged in order, in double. Cuts and order depend on the vocabulary alone, so
-// a row's bits do not depend on the batch, the thread count, or on whether chunks or whole rows are shared out.
+// A row is cut at column 0, kChunk, 2 kChunk, ...; each chunk is summed against its own maximum
+// while it sits in the first-level cache, and the chunks are merged in order, in double. Cuts and
+// order depend on the vocabulary alone, so a row's bits do not depend on the batch, the thread
+// count, or on whether chunks or whole rows are shared out.
+#include "math/logprob.h"
+
 #include <stdlib.h>
 
 #include "cpu/tile.h"
 #include "kernels.h"
-#include "math/logprob.h"
 
 namespace ppok {
 namespace PPOK_ISA {
@@ -15,7 +17,7 @@ namespace {
 
 constexpr int64_t kChunk = 4096;
 
-// ---- one chunk ------------------------------------------------------------------------------------------------
+// ---- one chunk --------------------------------------------------------------------------------
 
 // Sums over contiguous float tiles; entropy needs more of them, and nobody else pays.
 template <bool kEntropy>
@@ -33,7 +35,8 @@ PPOK_INLINE RowSums chunk_sums(const float* u, int64_t n, double c_) {
     for (int k = 0; k < kWays; ++k) top[k] = max_or_second(load(u + j + k * kLanes), top[k]);
   for (; j < full; j += kLanes) top[0] = max_or_second(load(u + j), top[0]);
   top[0] = max_or_second(load(padded), top[0]);
-  const float m = max_lanes(max_or_second(max_or_second(top[0], top[1]), max_or_second(top[2], top[3])));
+  const float m =
+      max_lanes(max_or_second(max_or_second(top[0], top[1]), max_or_second(top[2], top[3])));
 
   // All -inf: summed against 0 it gives 0, and a NaN hidden among them still shows.
   const vfloat reference = splat(m == -INFINITY ? 0.f : m);
@@ -76,16 +79,19 @@ inline RowSums chunk_sums(const double* u, int64_t n, double c) {
   return sums;
 }
 
-// ---- logits to u: the transforms before the temperature ---------------------------------------------------------
+// ---- logits to u: the transforms before the temperature ---------------------------------------
 
 // z = c u with u = logits and c = logit_scale / temperature; or, with a softcap,
 // u = softcap tanh(logit_scale logits / softcap) and c = 1 / temperature.
 template <class Args>
 struct Transform {
   const Args& a;
-  double scale(double temperature) const { return (a.softcap > 0. ? 1. : a.logit_scale) / temperature; }
+  double scale(double temperature) const {
+    return (a.softcap > 0. ? 1. : a.logit_scale) / temperature;
+  }
   PPOK_INLINE void cap(float* u, int64_t n) const {
-    const float inner = static_cast<float>(a.logit_scale / a.softcap), outer = static_cast<float>(a.softcap);
+    const float inner = static_cast<float>(a.logit_scale / a.softcap),
+                outer = static_cast<float>(a.softcap);
     int64_t j = 0;
     for (; j + kLanes <= n; j += kLanes) store(u + j, outer * vtanh(load(u + j) * inner));
     if (j < n) {
@@ -100,18 +106,20 @@ struct Transform {
   }
   // Multiplies the gradient by du / dlogits, from the raw logits.
   PPOK_INLINE void uncap(float* grad, const float* raw, int64_t n) const {
-    const float inner = static_cast<float>(a.logit_scale / a.softcap), gain = static_cast<float>(a.logit_scale);
+    const float inner = static_cast<float>(a.logit_scale / a.softcap),
+                gain = static_cast<float>(a.logit_scale);
     int64_t j = 0;
     for (; j + kLanes <= n; j += kLanes)
       store(grad + j, load(grad + j) * (gain * vsech2(load(raw + j) * inner)));
     for (; j < n; ++j) grad[j] *= gain * vsech2(splat(raw[j] * inner))[0];
   }
   void uncap(double* grad, const double* raw, int64_t n) const {
-    for (int64_t j = 0; j < n; ++j) grad[j] *= a.logit_scale * sech2(a.logit_scale * raw[j] / a.softcap);
+    for (int64_t j = 0; j < n; ++j)
+      grad[j] *= a.logit_scale * sech2(a.logit_scale * raw[j] / a.softcap);
   }
 };
 
-// ---- one row --------------------------------------------------------------------------------------------------
+// ---- one row ----------------------------------------------------------------------------------
 
 enum RowKind { kLive, kSkipped, kFaulty };
 
@@ -149,8 +157,10 @@ PPOK_INLINE const char* column(const View& logits, int64_t row, int64_t col, int
 
 // The chunk of u that starts at column `from`, with the target column (if inside) replaced by -inf.
 template <class T, class Args>
-inline const T* others_chunk(const Args& a, const Row<Args>& r, int64_t from, int64_t n, T* buffer) {
-  const T* u = read_run(column(a.logits, r.row, r.col, from), a.logits.dtype, a.logits.stride[2], n, buffer);
+inline const T* others_chunk(const Args& a, const Row<Args>& r, int64_t from, int64_t n,
+                             T* buffer) {
+  const T* u =
+      read_run(column(a.logits, r.row, r.col, from), a.logits.dtype, a.logits.stride[2], n, buffer);
   const bool holds_target = r.token >= from && r.token < from + n;
   if ((a.softcap > 0. || holds_target) && u != buffer) {
     memcpy(buffer, u, n * sizeof(T));
@@ -179,7 +189,7 @@ void keep_first(Fault& first, int32_t kind, int64_t where) {
   if (first.kind == kNoFault || where < first.where) first = {kind, where};
 }
 
-// ---- forward --------------------------------------------------------------------------------------------------
+// ---- forward ----------------------------------------------------------------------------------
 
 template <class T, bool kEntropy>
 Fault forward(const LogprobForward& a) {
@@ -220,10 +230,12 @@ Fault forward(const LogprobForward& a) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t task = 0; task < rows * chunks; ++task) {
       const Row<LogprobForward> r(a, task / chunks);
-      if (r.kind == kLive) shared[task] = sums_of(r, task % chunks, Transform<LogprobForward>{a}.scale(r.temperature));
+      if (r.kind == kLive)
+        shared[task] = sums_of(r, task % chunks, Transform<LogprobForward>{a}.scale(r.temperature));
     }
     for (int64_t i = 0; i < rows; ++i)
-      finish_row(i, Row<LogprobForward>(a, i), [&](int64_t k, double) { return shared[i * chunks + k]; });
+      finish_row(i, Row<LogprobForward>(a, i),
+                 [&](int64_t k, double) { return shared[i * chunks + k]; });
     free(shared);
   } else {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows > 1)
@@ -235,7 +247,7 @@ Fault forward(const LogprobForward& a) {
   return first;
 }
 
-// ---- backward -------------------------------------------------------------------------------------------------
+// ---- backward ---------------------------------------------------------------------------------
 
 struct Upstream {
   double logprob, entropy;
@@ -243,10 +255,12 @@ struct Upstream {
 
 // grad = c (-g_logprob p + g_entropy p (mean - z)), the target column excepted.
 template <bool kEntropy>
-PPOK_INLINE void chunk_gradient(const float* u, float* grad, int64_t n, double c_, const float* state, Upstream g) {
+PPOK_INLINE void chunk_gradient(const float* u, float* grad, int64_t n, double c_,
+                                const float* state, Upstream g) {
   const float c = static_cast<float>(c_);
   const vfloat reference = splat(state[0]), log_sum = splat(state[1]), mean = splat(state[2]);
-  const vfloat g_logprob = splat(static_cast<float>(-g.logprob * c_)), g_entropy = splat(static_cast<float>(g.entropy * c_));
+  const vfloat g_logprob = splat(static_cast<float>(-g.logprob * c_)),
+               g_entropy = splat(static_cast<float>(g.entropy * c_));
   const auto gradient = [&](vfloat x) __attribute__((always_inline)) {
     const vfloat z = (x - reference) * c;
     const vfloat p = vexp(z - log_sum);
@@ -264,7 +278,8 @@ PPOK_INLINE void chunk_gradient(const float* u, float* grad, int64_t n, double c
 }
 
 template <bool kEntropy>
-inline void chunk_gradient(const double* u, double* grad, int64_t n, double c, const double* state, Upstream g) {
+inline void chunk_gradient(const double* u, double* grad, int64_t n, double c, const double* state,
+                           Upstream g) {
   for (int64_t j = 0; j < n; ++j) {
     const double z = (u[j] - state[0]) * c, p = exp(z - state[1]);
     grad[j] = -g.logprob * c * p + (kEntropy && p != 0. ? g.entropy * c * p * (state[2] - z) : 0.);
@@ -286,15 +301,18 @@ void backward(const LogprobBackward& a) {
     T* grad = write_target(destination, out.dtype, out.stride[2], out_buffer);
 
     Upstream g{0., 0.};
-    if (r.kind == kLive && a.grad_logprobs.data) g.logprob = read_one<double>(a.grad_logprobs, r.row, r.col);
-    if (r.kind == kLive && a.grad_entropy.data) g.entropy = read_one<double>(a.grad_entropy, r.row, r.col);
+    if (r.kind == kLive && a.grad_logprobs.data)
+      g.logprob = read_one<double>(a.grad_logprobs, r.row, r.col);
+    if (r.kind == kLive && a.grad_entropy.data)
+      g.entropy = read_one<double>(a.grad_entropy, r.row, r.col);
     if (g.logprob == 0. && g.entropy == 0.) {  // nothing asked of this row: its logits are not read
       memset(grad, 0, n * sizeof(T));
       write_run(destination, out.dtype, out.stride[2], n, grad);
       continue;
     }
 
-    const T* raw = read_run(column(a.logits, r.row, r.col, from), a.logits.dtype, a.logits.stride[2], n, raw_buffer);
+    const T* raw = read_run(column(a.logits, r.row, r.col, from), a.logits.dtype,
+                            a.logits.stride[2], n, raw_buffer);
     const T* u = raw;
     const Transform<LogprobBackward> transform{a};
     if (a.softcap > 0.) {

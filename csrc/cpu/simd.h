@@ -1,9 +1,10 @@
-// The vector type of the instruction set this file is compiled for, and the functions the kernels need on it.
+// The vector type of the instruction set this file is compiled for, and the functions the kernels
+// need on it.
 //
-// GCC/Clang vector extensions, so that the order of every sum is written down rather than chosen by the
-// vectoriser; intrinsics only where the compiler has no words for the instruction. Kernel files include C headers
-// only and live in a namespace per instruction set: an inline function emitted with AVX-512 code must never be
-// merged with one of the generic path.
+// GCC/Clang vector extensions, so that the order of every sum is written down rather than chosen by
+// the vectoriser; intrinsics only where the compiler has no words for the instruction. Kernel files
+// include C headers only and live in a namespace per instruction set: an inline function emitted
+// with AVX-512 code must never be merged with one of the generic path.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -33,7 +34,8 @@ typedef int32_t vint __attribute__((vector_size(PPOK_VECTOR_BYTES)));
 typedef uint32_t vuint __attribute__((vector_size(PPOK_VECTOR_BYTES)));
 typedef uint16_t vhalf __attribute__((vector_size(PPOK_VECTOR_BYTES / 2)));
 typedef float vfloat_mem __attribute__((vector_size(PPOK_VECTOR_BYTES), aligned(4), may_alias));
-typedef uint16_t vhalf_mem __attribute__((vector_size(PPOK_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint16_t vhalf_mem
+    __attribute__((vector_size(PPOK_VECTOR_BYTES / 2), aligned(2), may_alias));
 
 PPOK_INLINE vfloat splat(float x) { return x - vfloat{}; }
 PPOK_INLINE vfloat load(const float* p) { return *reinterpret_cast<const vfloat_mem*>(p); }
@@ -41,9 +43,9 @@ PPOK_INLINE void store(float* p, vfloat x) { *reinterpret_cast<vfloat_mem*>(p) =
 PPOK_INLINE vfloat bits_to_float(vint x) { return reinterpret_cast<vfloat>(x); }
 PPOK_INLINE vint float_to_bits(vfloat x) { return reinterpret_cast<vint>(x); }
 PPOK_INLINE vfloat select(vint condition, vfloat a, vfloat b) { return condition ? a : b; }
-PPOK_INLINE vfloat max_or_second(vfloat a, vfloat b) { return a > b ? a : b; }  // a NaN in a is dropped
+PPOK_INLINE vfloat max_or_second(vfloat a, vfloat b) { return a > b ? a : b; }  // drops a NaN in a
 
-// ---- half precision -----------------------------------------------------------------------------------------
+// ---- half precision ---------------------------------------------------------------------------
 
 PPOK_INLINE vfloat load_bf16(const uint16_t* p) {
   const vhalf_mem half = *reinterpret_cast<const vhalf_mem*>(p);
@@ -65,13 +67,16 @@ PPOK_INLINE vfloat load_f16(const uint16_t* p) {
 #elif defined(PPOK_ISA_AVX2)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  // Magnitude: exponent and mantissa moved into place, exponent re-biased (112) exactly by a multiplication;
-  // subnormal halves have no exponent to re-bias and go through an integer conversion instead.
+  // Magnitude: exponent and mantissa moved into place, exponent re-biased (112) exactly by a
+  // multiplication; subnormal halves have no exponent to re-bias and go through an integer
+  // conversion instead.
   const vhalf_mem half = *reinterpret_cast<const vhalf_mem*>(p);
   const vuint bits = __builtin_convertvector(half, vuint);
   const vuint magnitude = bits & 0x7fffu, sign = (bits & 0x8000u) << 16;
-  const vuint normal = (magnitude << 13) + (magnitude >= 0x7c00u ? vuint{} + (224u << 23) : vuint{} + (112u << 23));
-  const vfloat subnormal = __builtin_convertvector(reinterpret_cast<vint>(magnitude), vfloat) * 0x1p-24f;
+  const vuint normal =
+      (magnitude << 13) + (magnitude >= 0x7c00u ? vuint{} + (224u << 23) : vuint{} + (112u << 23));
+  const vfloat subnormal =
+      __builtin_convertvector(reinterpret_cast<vint>(magnitude), vfloat) * 0x1p-24f;
   const vuint value = magnitude < 0x400u ? reinterpret_cast<vuint>(subnormal) : normal;
   return reinterpret_cast<vfloat>(value | sign);
 #endif
@@ -87,27 +92,32 @@ PPOK_INLINE void store_f16(uint16_t* p, vfloat x) {
   const vuint bits = reinterpret_cast<vuint>(x);
   const vuint magnitude = bits & 0x7fffffffu;
   const vuint normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Below 2^-14 the result is subnormal: adding 0.5 rounds at its last bit, in the current (nearest) mode.
-  const vuint subnormal =
-      reinterpret_cast<vuint>(reinterpret_cast<vfloat>(magnitude) + 0.5f) - reinterpret_cast<vuint>(splat(0.5f));
+  // Below 2^-14 the result is subnormal: adding 0.5 rounds at its last bit, in the current
+  // (nearest) mode.
+  const vuint subnormal = reinterpret_cast<vuint>(reinterpret_cast<vfloat>(magnitude) + 0.5f) -
+                          reinterpret_cast<vuint>(splat(0.5f));
   vuint half = magnitude < (113u << 23) ? subnormal : normal;
   half = magnitude >= 0x477ff000u ? vuint{} + 0x7c00u : half;  // 65520 and above round to infinity
   half = magnitude > 0x7f800000u ? vuint{} + 0x7e00u : half;
-  *reinterpret_cast<vhalf_mem*>(p) = __builtin_convertvector(half | ((bits >> 16) & 0x8000u), vhalf);
+  *reinterpret_cast<vhalf_mem*>(p) =
+      __builtin_convertvector(half | ((bits >> 16) & 0x8000u), vhalf);
 #endif
 }
 
-// ---- elementary functions -----------------------------------------------------------------------------------
+// ---- elementary functions ---------------------------------------------------------------------
 
-// e^x for any x: NaN stays NaN, overflow gives inf, -inf gives exactly 0. Error below 1.5 ulp of the result.
+// e^x for any x: NaN stays NaN, overflow gives inf, -inf gives exactly 0. Error below 1.5 ulp of
+// the result.
 PPOK_INLINE vfloat vexp(vfloat x) {
   // Beyond these bounds the result is 0 or inf; they keep the range reduction finite.
   x = x < splat(-104.f) ? splat(-104.f) : x;
   x = x > splat(89.f) ? splat(89.f) : x;
 #if defined(PPOK_ISA_AVX512)
-  const vfloat n = _mm512_roundscale_ps(x * 1.44269504088896341f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vfloat n =
+      _mm512_roundscale_ps(x * 1.44269504088896341f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  const vfloat magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+  const vfloat magic =
+      splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
   const vfloat shifted = x * 1.44269504088896341f + magic;
   const vfloat n = shifted - magic;
 #endif
@@ -123,7 +133,8 @@ PPOK_INLINE vfloat vexp(vfloat x) {
 #if defined(PPOK_ISA_AVX512)
   return _mm512_scalef_ps(p, n);
 #else
-  const vint exponent = float_to_bits(shifted) - float_to_bits(magic);  // in [-150, 129]: two steps of scaling
+  const vint exponent =
+      float_to_bits(shifted) - float_to_bits(magic);  // in [-150, 129]: two steps of scaling
   const vint half = exponent >> 1;
   return p * bits_to_float((half + 127) << 23) * bits_to_float((exponent - half + 127) << 23);
 #endif
@@ -151,7 +162,7 @@ PPOK_INLINE vfloat vsech2(vfloat x) {
   return 4.f * e / ((1.f + e) * (1.f + e));
 }
 
-// ---- horizontal reductions, in one fixed order --------------------------------------------------------------
+// ---- horizontal reductions, in one fixed order ------------------------------------------------
 
 PPOK_INLINE double sum_lanes(vfloat x) {
   double lanes[kLanes];

@@ -1,4 +1,5 @@
-// One table of kernels per instruction set; this file, like every kernel file, is compiled once for each.
+// One table of kernels per instruction set; this file, like every kernel file, is compiled once for
+// each.
 #include "kernels.h"
 
 #define PPOK_CAT_(a, b) a##b

@@ -1,7 +1,7 @@
 // Reading and writing runs of a tensor of any dtype and stride as contiguous float or double tiles.
 //
-// A kernel is written once, over tiles that stay in the first-level cache; a run that already is contiguous and of
-// the right dtype is read in place.
+// A kernel is written once, over tiles that stay in the first-level cache; a run that already is
+// contiguous and of the right dtype is read in place.
 #pragma once
 #include "cpu/simd.h"
 #include "kernels.h"
@@ -38,7 +38,8 @@ struct DTypeOf<double> {
 };
 
 PPOK_INLINE char* address(const View& v, int64_t row, int64_t col) {
-  return static_cast<char*>(v.data) + (row * v.stride[0] + col * v.stride[1]) * element_size(v.dtype);
+  return static_cast<char*>(v.data) +
+         (row * v.stride[0] + col * v.stride[1]) * element_size(v.dtype);
 }
 
 inline float half_bits_to_float(uint16_t bits, bool bf16) {
@@ -56,10 +57,12 @@ template <class T>
 inline void read_strided(const void* data, int32_t dtype, int64_t stride, int64_t n, T* out) {
   switch (dtype) {
     case kF32:
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const float*>(data)[i * stride]);
+      for (int64_t i = 0; i < n; ++i)
+        out[i] = static_cast<T>(static_cast<const float*>(data)[i * stride]);
       return;
     case kF64:
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const double*>(data)[i * stride]);
+      for (int64_t i = 0; i < n; ++i)
+        out[i] = static_cast<T>(static_cast<const double*>(data)[i * stride]);
       return;
     case kBF16:
     case kF16:
@@ -67,23 +70,29 @@ inline void read_strided(const void* data, int32_t dtype, int64_t stride, int64_
         out[i] = half_bits_to_float(static_cast<const uint16_t*>(data)[i * stride], dtype == kBF16);
       return;
     case kI64:
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const int64_t*>(data)[i * stride]);
+      for (int64_t i = 0; i < n; ++i)
+        out[i] = static_cast<T>(static_cast<const int64_t*>(data)[i * stride]);
       return;
     case kI32:
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const int32_t*>(data)[i * stride]);
+      for (int64_t i = 0; i < n; ++i)
+        out[i] = static_cast<T>(static_cast<const int32_t*>(data)[i * stride]);
       return;
     case kI16:
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const int16_t*>(data)[i * stride]);
+      for (int64_t i = 0; i < n; ++i)
+        out[i] = static_cast<T>(static_cast<const int16_t*>(data)[i * stride]);
       return;
     case kI8:
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const int8_t*>(data)[i * stride]);
+      for (int64_t i = 0; i < n; ++i)
+        out[i] = static_cast<T>(static_cast<const int8_t*>(data)[i * stride]);
       return;
     default:
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<const uint8_t*>(data)[i * stride]);
+      for (int64_t i = 0; i < n; ++i)
+        out[i] = static_cast<T>(static_cast<const uint8_t*>(data)[i * stride]);
   }
 }
 
-// n elements from data on, as T: in place where they already are contiguous T, else converted into buffer.
+// n elements from data on, as T: in place where they already are contiguous T, else converted into
+// buffer.
 template <class T>
 inline const T* read_run(const void* data, int32_t dtype, int64_t stride, int64_t n, T* buffer) {
   if (stride == 1 && dtype == DTypeOf<T>::value) return static_cast<const T*>(data);
@@ -124,7 +133,8 @@ inline bool is_live(const View& mask, int64_t row, int64_t col) {
   if (!mask.data) return true;
   const void* p = address(mask, row, col);
   if (mask.dtype == kI64) return *static_cast<const int64_t*>(p) != 0;
-  return element_size(mask.dtype) == 1 ? *static_cast<const uint8_t*>(p) != 0 : read_one<double>(mask, row, col) != 0.;
+  return element_size(mask.dtype) == 1 ? *static_cast<const uint8_t*>(p) != 0
+                                       : read_one<double>(mask, row, col) != 0.;
 }
 
 // Writes n elements of T from `from` (already in place when it is the destination itself).
@@ -148,7 +158,8 @@ inline void write_run(void* data, int32_t dtype, int64_t stride, int64_t n, cons
       else
         for (; i + kLanes <= n; i += kLanes) store_f16(out + i, load(source + i));
     }
-    for (; i < n; ++i) out[i * stride] = float_to_half_bits(static_cast<float>(from[i]), dtype == kBF16);
+    for (; i < n; ++i)
+      out[i * stride] = float_to_half_bits(static_cast<float>(from[i]), dtype == kBF16);
   }
 }
 
@@ -157,7 +168,8 @@ inline void write_tile(const View& v, int64_t row, int64_t col, int64_t n, const
   write_run(address(v, row, col), v.dtype, v.stride[1], n, from);
 }
 
-// Where a kernel writes n elements before write_run: the destination itself when it is contiguous T.
+// Where a kernel writes n elements before write_run: the destination itself when it is contiguous
+// T.
 template <class T>
 inline T* write_target(void* data, int32_t dtype, int64_t stride, T* buffer) {
   return stride == 1 && dtype == DTypeOf<T>::value ? static_cast<T*>(data) : buffer;

@@ -1,8 +1,8 @@
 """The `cpu` backend: hands tensors to the C++ kernels of `_C` as pointers, sizes and strides.
 
-One module per op family; each function has the arguments of its op's schema. Shapes, dtypes and devices were checked by
-the public function; what only the data can tell (label range, temperatures, offsets) is checked by the kernel and raised
-here.
+One module per op family; each function has the arguments of its op's schema. Shapes, dtypes and
+devices were checked by the public function; what only the data can tell (label range, temperatures,
+offsets) is checked by the kernel and raised here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 try:
-    from .. import _C
+    from .. import _C as _C
 
     UNAVAILABLE: str | None = None
 except Exception as error:
@@ -41,7 +41,7 @@ DTYPE_CODES = {
 
 
 def rows(t: Tensor | None, inner: int = 0) -> tuple[int, ...] | None:
-    """A [B, T] tensor, or a [N] one as a single row, for the kernels; then `inner` trailing dimensions."""
+    """A [B, T] tensor, or a [N] one as a single row, then `inner` more dimensions, for a kernel."""
     if t is None:
         return None
     strides = t.stride()
@@ -52,10 +52,25 @@ def rows(t: Tensor | None, inner: int = 0) -> tuple[int, ...] | None:
 
 
 def two_leading(t: Tensor, inner: int = 0) -> Tensor:
-    """More than two leading dimensions become two: a view where the strides allow it, else a copy."""
+    """More than two leading dimensions become two: a view if the strides allow it, else a copy."""
     return t.flatten(0, -2 - inner) if t.dim() > 2 + inner else t
 
 
 def rows_cols(t: Tensor) -> tuple[int, int]:
     shape = t.shape
     return (1, 1) if not shape else (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
+
+
+def supported_isas() -> list[str]:
+    """Instruction-set levels this build can run on this processor, lowest first."""
+    return [] if UNAVAILABLE else _C.supported_isas()
+
+
+def isa() -> str:
+    """The level in use: the highest, unless PPO_KERNELS_CPU_ISA or `set_isa` lowered it."""
+    return _C.isa()
+
+
+def set_isa(name: str) -> None:
+    """Choose the level for the whole process. Raises ValueError for one that cannot run here."""
+    _C.set_isa(name)

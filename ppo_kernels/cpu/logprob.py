@@ -45,12 +45,12 @@ def logprob_forward(
 def logprob_backward(*args: Any) -> Tensor:
     logits: Tensor = args[2]
     grad = torch.empty(logits.shape, dtype=logits.dtype)
-    _logprob_backward(*args, grad)
+    _logprob_backward(*args, grad_logits=grad)
     return grad
 
 
 def logprob_backward_(*args: Any) -> None:
-    _logprob_backward(*args, args[2])
+    _logprob_backward(*args, grad_logits=args[2])
 
 
 def _logprob_backward(

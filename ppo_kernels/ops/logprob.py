@@ -41,9 +41,10 @@ def logprobs_from_logits(
         \log p(t) = z_t - \log \sum_j e^{z_j}, \qquad
         H = -\sum_j p_j \log p_j
 
-    with softcap(y) = c tanh(y / c). The logits are read once forward; backward reads them once and writes their
-    gradient once. No [tokens, vocab] tensor is made in fp32. Near p = 1 the log-probability keeps its relative accuracy
-    (log-sum-exp over the *other* tokens), and so does the gradient of the target (by expm1).
+    with softcap(y) = c tanh(y / c). The logits are read once forward; backward reads them once and
+    writes their gradient once. No [tokens, vocab] tensor is made in fp32. Near p = 1 the
+    log-probability keeps its relative accuracy (log-sum-exp over the *other* tokens), and so does
+    the gradient of the target (by expm1).
 
     Equivalent to::
 
@@ -53,27 +54,31 @@ def logprobs_from_logits(
 
     Args:
         logits: [..., V], fp32, bf16, fp16 or fp64, any strides: ``logits[:, :-1]`` is not copied.
-        tokens: [...], int32 or int64 ids in [0, V), any strides. Positions equal to `ignore_index` are masked.
-        temperature: A number, or a tensor that broadcasts to [...]; finite, above 0. Not differentiated.
+        tokens: [...], int32 or int64 ids in [0, V), any strides. Positions equal to `ignore_index`
+            are masked.
+        temperature: A number, or a tensor that broadcasts to [...]; finite, above 0. Not
+            differentiated.
         softcap: c above, as in Gemma 2 (arXiv:2408.00118); None for none.
         logit_scale: s above, as in Cohere's models; above 0.
         ignore_index: The label that marks a position as masked, in addition to `mask`.
-        mask: [...], nonzero = use. A masked position's logits, label and temperature are never looked at.
+        mask: [...], nonzero = use. A masked position's logits, label and temperature are never
+            looked at.
         entropy: Also return the entropy.
-        inplace_backward: Overwrite the logits with their gradient in backward, saving a [tokens, vocab] tensor. A second
-            use of these logits in backward, or a second backward, then raises. Under torch.compile a warning is given
-            and backward is out of place.
+        inplace_backward: Overwrite the logits with their gradient in backward, saving a [tokens,
+            vocab] tensor. A second use of these logits in backward, or a second backward, then
+            raises. Under torch.compile a warning is given and backward is out of place.
         backend: See `use_backend`.
 
     Returns:
-        Log-probabilities [...], or ``LogProbs(logprobs, entropy)``, in fp32 (fp64 for fp64 logits); masked positions give
-        0 and a zero gradient. A forbidden token (-inf logit) gives -inf; a row with +inf or NaN, or all -inf, gives NaN.
-        The gradient of the logits has their dtype, rounded once from fp32. Rows whose upstream gradient is exactly 0
-        get a zero gradient and are not read.
+        Log-probabilities [...], or ``LogProbs(logprobs, entropy)``, in fp32 (fp64 for fp64 logits);
+        masked positions give 0 and a zero gradient. A forbidden token (-inf logit) gives -inf; a
+        row with +inf or NaN, or all -inf, gives NaN. The gradient of the logits has their dtype,
+        rounded once from fp32. Rows whose upstream gradient is exactly 0 get a zero gradient and
+        are not read.
 
     Raises:
-        TypeError, ValueError: Naming the argument, what was given and what was expected; on CPU that includes labels
-            out of range at live positions.
+        TypeError, ValueError: Naming the argument, what was given and what was expected; on CPU
+            that includes labels out of range at live positions.
     """
     _check(logits, tokens, mask, softcap, logit_scale, ignore_index)
     if isinstance(temperature, Tensor):
@@ -85,7 +90,7 @@ def logprobs_from_logits(
 
     served_by = _FORWARD.resolve(logits.device, backend)
     if served_by == "torch":
-        count("logprob", "torch")
+        count("logprobs_from_logits", "torch")
         result = _reference(
             logits, tokens, mask, scalar if temperatures is None else temperatures,
             softcap, logit_scale, ignore_index, entropy,
@@ -149,7 +154,8 @@ def _reference(
     if not torch.compiler.is_compiling() and logits.device.type != "meta":
         _check_data(tokens, live, temperature, logits.shape[-1])
     z = logits if logits.dtype == torch.float64 else logits.float()
-    # Selected away before any arithmetic: a NaN under the mask must not reach a product, forward or backward.
+    # Selected away before any arithmetic: a NaN under the mask must not reach a product, forward or
+    # backward.
     z = torch.where(live[..., None], z, 0.0) * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -176,7 +182,7 @@ def _reference(
 
 
 def _logsumexp(z: Tensor) -> Tensor:
-    """logsumexp over the last dimension, with a zero gradient where all is -inf (V = 1)."""
+    """The logsumexp over the last dimension, with a zero gradient where all is -inf (V = 1)."""
     empty = (z == -torch.inf).all(-1)
     return torch.where(empty, -torch.inf, torch.where(empty[..., None], 0.0, z).logsumexp(-1))
 
@@ -262,8 +268,9 @@ def _fake_backward(g: Tensor | None, h: Tensor | None, logits: Tensor, *args: An
 
 _FORWARD = Op(
     "logprob_forward",
-    "(Tensor logits, Tensor tokens, Tensor? mask, Tensor? temperatures, float temperature, float softcap, "
-    "float logit_scale, int ignore_index, bool entropy, bool inplace_backward) -> (Tensor, Tensor, Tensor)",
+    "(Tensor logits, Tensor tokens, Tensor? mask, Tensor? temperatures, float temperature, "
+    "float softcap, float logit_scale, int ignore_index, bool entropy, bool inplace_backward) "
+    "-> (Tensor, Tensor, Tensor)",
     fake=_fake_forward,
     autograd=_autograd,
     cpu=lambda *args: cpu.logprob_forward(*args[:-1]),

@@ -1,0 +1,54 @@
+"""The compiled module: csrc/bindings.cpp. Arguments are the fields of the structs in csrc/kernels.h."""
+
+from typing import TypeAlias
+
+# data_ptr, dtype code (enum DType), element strides; None: the tensor is not given.
+View: TypeAlias = tuple[int, ...] | None
+# kind (enum FaultKind) and flat position of the first live position whose data is bad.
+Fault: TypeAlias = tuple[int, int] | None
+
+version: str
+compiler: str
+openmp: bool
+
+def isa() -> str: ...
+def supported_isas() -> list[str]: ...
+def set_isa(name: str, /) -> None: ...
+def logprob_forward(
+    logits: View,
+    tokens: View,
+    mask: View,
+    temperatures: View,
+    rows: int,
+    cols: int,
+    vocab: int,
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    logprobs: View,
+    entropy: View,
+    state: View,
+    threads: int,
+    /,
+) -> Fault: ...
+def logprob_backward(
+    grad_logprobs: View,
+    grad_entropy: View,
+    logits: View,
+    tokens: View,
+    mask: View,
+    temperatures: View,
+    logprobs: View,
+    state: View,
+    rows: int,
+    cols: int,
+    vocab: int,
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    grad_logits: View,
+    threads: int,
+    /,
+) -> Fault: ...

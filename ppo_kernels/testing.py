@@ -1,0 +1,345 @@
+"""What tests and benchmarks share: cases, layouts, executors and the rule for allowed errors.
+
+The yardstick is the reference in float64 on upcast inputs, never torch in the input's own dtype,
+which would pass every precision bug. Allowed error: twice that of the reference in fp32 on the same
+upcast inputs, plus 4 ulps of the condition scale (the sum of the magnitudes of the terms a result
+is made of); a half-precision gradient besides has 1 ulp of its own dtype, for the one rounding it
+undergoes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ppo_kernels
+
+from . import cpu
+from ._op import BACKENDS, op_counts, reset_op_counts, use_backend
+
+Inputs = dict[str, Any]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way of calling one public function.
+
+    Attributes:
+        function: Its public name.
+        label: What is particular about this call.
+        inputs: Makes the arguments from a generator; floating-point tensors in float64.
+        forward: The ops a compiled backend runs.
+        backward: The ops it runs for the gradient; empty where nothing is differentiated.
+        grads: The arguments that receive a gradient.
+        scale: From float64 inputs, the condition scale of each output (by position) and gradient
+            (by argument name); what it leaves out is judged against the largest magnitude in the
+            exact result.
+    """
+
+    function: str
+    label: str
+    inputs: Callable[[torch.Generator], Inputs]
+    forward: tuple[str, ...]
+    backward: tuple[str, ...] = ()
+    grads: tuple[str, ...] = ()
+    scale: Callable[[Inputs], Mapping[int | str, Tensor | float]] = lambda inputs: {}
+
+    @property
+    def id(self) -> str:
+        return f"{self.function}-{self.label}".replace(" ", "_")
+
+
+# ---- executors and layouts ---------------------------------------------------------------------
+
+
+def executors() -> list[str]:
+    """Every executor that can run here: the backends, `cpu` once per instruction-set level."""
+    names = []
+    for name, entry in BACKENDS.items():
+        if entry.unavailable is None:
+            names += [f"cpu:{isa}" for isa in cpu.supported_isas()] if name == "cpu" else [name]
+    return names
+
+
+@contextmanager
+def executor(name: str) -> Iterator[str]:
+    """Run the block's calls on this executor; gives the backend's name."""
+    backend, _, isa = name.partition(":")
+    if not isa:
+        with use_backend(backend):
+            yield backend
+        return
+    before = cpu.isa()
+    cpu.set_isa(isa)
+    try:
+        with use_backend(backend):
+            yield backend
+    finally:
+        cpu.set_isa(before)
+
+
+def _embedded(t: Tensor, shape: tuple[int, ...], view: Callable[[Tensor], Tensor]) -> Tensor:
+    """The values of `t` inside a larger tensor whose other elements are NaN (or nonsense)."""
+    whole = torch.full(shape, float("nan") if t.is_floating_point() else 77).to(t.dtype)
+    inside = view(whole)
+    inside.copy_(t)
+    return inside
+
+
+# Same values, other strides. One-dimensional tensors and scalars keep what applies to them.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t.clone(memory_format=torch.contiguous_format),
+    "offset": lambda t: _embedded(t, (t.numel() + 5,), lambda w: w[5:].view(t.shape)),
+    "shifted": lambda t: (
+        _embedded(t, (*t.shape[:-1], t.shape[-1] + 3), lambda w: w[..., 1:-2]) if t.dim() else t
+    ),
+    "strided": lambda t: (
+        _embedded(t, (*t.shape[:-1], 2 * t.shape[-1]), lambda w: w[..., ::2]) if t.dim() else t
+    ),
+    "transposed": lambda t: (
+        _embedded(t.mT, t.mT.shape, lambda w: w).mT if t.dim() > 1 else t.clone()
+    ),
+}
+
+
+def arrange(inputs: Inputs, dtype: torch.dtype | None, layout: str = "contiguous") -> Inputs:
+    """Floating-point tensors in `dtype` (None: as they are) and every tensor laid out as asked."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if dtype is not None and value.is_floating_point():
+            value = value.to(dtype)
+        return LAYOUTS[layout](value)
+
+    return {name: convert(value) for name, value in inputs.items()}
+
+
+# ---- running a case ----------------------------------------------------------------------------
+
+
+def flatten(result: Any) -> list[Tensor]:
+    """All tensors of a result, in order."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for part in result for t in flatten(part)]
+
+
+def run(case: Case, inputs: Inputs, *, grad: bool = True) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs and gradients of a case, for a fixed pseudo-random upstream gradient."""
+    inputs = dict(inputs)
+    for name in case.grads if grad else ():
+        inputs[name] = inputs[name].detach().requires_grad_()
+    outputs = flatten(getattr(ppo_kernels, case.function)(**inputs))
+    live = [t for t in outputs if t.requires_grad]
+    if not live or not grad:
+        return [t.detach() for t in outputs], {}
+    generator = torch.Generator().manual_seed(1)
+    upstream = [
+        (torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5).to(t) for t in live
+    ]
+    grads = torch.autograd.grad(live, [inputs[n] for n in case.grads], upstream)
+    return [t.detach() for t in outputs], dict(zip(case.grads, grads, strict=True))
+
+
+def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The spacing of `dtype` at |x|, as float64."""
+    info = torch.finfo(dtype)
+    exponent = x.abs().double().clamp(min=info.smallest_normal).log2().floor()
+    return torch.exp2(exponent) * info.eps
+
+
+def allowed_error(exact: Tensor, torch32: Tensor, scale: Tensor | float | None) -> Tensor:
+    """See the module's docstring; infinite and NaN results must agree exactly instead."""
+    finite = exact.isfinite() & torch32.isfinite()
+    error = torch.where(finite, (torch32.double() - exact).abs(), 0.0)
+    if scale is None:
+        scale = torch.where(finite, exact.abs(), 0.0).max() if exact.numel() else 0.0
+    worst = error.max() if error.numel() else 0.0
+    return 2 * worst + 4 * torch.finfo(torch.float32).eps * torch.as_tensor(scale) + exact * 0
+
+
+def mismatch(got: Tensor, exact: Tensor, allowed: Tensor) -> str | None:
+    """What is wrong with `got`, or None. NaN and infinities must agree."""
+    got = got.double()
+    same = (got == exact) | (got.isnan() & exact.isnan())
+    bad = ~(same | ((got - exact).abs() <= allowed))
+    if not bad.any():
+        return None
+    where = tuple(int(i) for i in bad.nonzero()[0])
+    return (
+        f"{int(bad.sum())} of {bad.numel()} elements differ, first at {where}: "
+        f"got {got[where].item()!r}, exact {exact[where].item()!r}, "
+        f"allowed error {allowed[where].item():.3g}"
+    )
+
+
+def check(case: Case, name: str, dtype: torch.dtype, layout: str, seed: int = 0) -> None:
+    """Hold one cell of the cube op x executor x dtype x layout to the float64 reference.
+
+    Raises AssertionError naming what differs, or if another kernel than the one asked for ran.
+    """
+    inputs = case.inputs(torch.Generator().manual_seed(seed))
+    upcast = arrange(arrange(inputs, dtype), torch.float64)
+    with use_backend("torch"):
+        exact, exact_grads = run(case, upcast)
+        torch32, torch32_grads = run(case, arrange(upcast, torch.float32))
+    reset_op_counts()
+    with executor(name) as backend:
+        got, got_grads = run(case, arrange(inputs, dtype, layout))
+    ran = op_counts()
+    expected = (case.function,) if backend == "torch" else case.forward + case.backward
+    assert set(ran) == {(op, backend) for op in expected}, f"asked for {expected}, ran {ran}"
+
+    scales = case.scale(upcast)
+    for i, (g, e, t) in enumerate(zip(got, exact, torch32, strict=True)):
+        assert g.shape == e.shape, f"output {i}: shape {list(g.shape)}, expected {list(e.shape)}"
+        assert g.dtype in (torch.float32, torch.float64), f"output {i} is {g.dtype}"
+        problem = mismatch(g, e, allowed_error(e, t, scales.get(i)))
+        assert problem is None, f"output {i}: {problem}"
+    assert set(got_grads) == set(exact_grads)
+    for argument, g in got_grads.items():
+        e = exact_grads[argument]
+        assert g.dtype == dtype, f"gradient of {argument} is {g.dtype}"
+        allowed = allowed_error(e, torch32_grads[argument], scales.get(argument))
+        if dtype in (torch.bfloat16, torch.float16):
+            allowed, e = allowed + ulp(e, dtype), e.to(dtype).double()
+        problem = mismatch(g, e, allowed)
+        assert problem is None, f"gradient of {argument}: {problem}"
+
+
+# ---- cases -------------------------------------------------------------------------------------
+
+
+def _uniform(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=g, dtype=torch.float64)
+
+
+def _normal(g: torch.Generator, *shape: int, std: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=g, dtype=torch.float64) * std
+
+
+def _mask(g: torch.Generator, *shape: int) -> Tensor:
+    return _uniform(g, *shape) < 0.7
+
+
+def _logits(g: torch.Generator, shape: tuple[int, ...], std: float = 3.0, edit: str = "") -> Inputs:
+    logits = _normal(g, *shape, std=std)
+    tokens = torch.randint(shape[-1], shape[:-1], generator=g)
+    index = tokens[..., None]
+    if edit == "target wins":
+        logits = logits.scatter(-1, index, 40.0)
+    elif edit == "target loses":
+        logits = logits.scatter(-1, index, -60.0)
+    elif edit == "constant":
+        logits = torch.full(shape, -7.25, dtype=torch.float64)
+    elif edit == "far below 0":
+        logits = logits - 9000.0
+    elif edit == "forbidden":
+        # A whole leading block, scattered others, and one row whose target is forbidden.
+        logits[..., : shape[-1] // 2] = -torch.inf
+        logits[_uniform(g, *shape) < 0.3] = -torch.inf
+        logits = logits.scatter(-1, index, 1.0)
+        logits[..., -1] = 0.5
+        logits.view(-1, shape[-1])[0, tokens.flatten()[0]] = -torch.inf
+    elif edit == "not finite":
+        rows = logits.view(-1, shape[-1])
+        rows[0] = -torch.inf
+        rows[1, 3], rows[2, -1], rows[3] = torch.inf, torch.nan, torch.nan
+        rows[4, int(tokens.flatten()[4])] = torch.inf
+    return {"logits": logits, "tokens": tokens}
+
+
+def _logprob_scale(inputs: Inputs) -> dict[int | str, Tensor | float]:
+    logits = inputs["logits"]
+    if not logits.numel():
+        return {}
+    top = logits.where(logits.isfinite(), 0.0).abs().max() * inputs.get("logit_scale", 1.0)
+    if "softcap" in inputs:
+        top = top.clamp(max=inputs["softcap"])
+    temperature = torch.as_tensor(inputs.get("temperature", 1.0), dtype=torch.float64)
+    gain = 1 / temperature[temperature.isfinite()].min()
+    terms = 2 * top * gain + torch.tensor(float(logits.shape[-1])).log()
+    scale: dict[int | str, Tensor | float] = {0: terms, "logits": 2 * gain * (1 + terms / 4)}
+    if inputs.get("entropy"):
+        scale[1] = terms
+        scale["logits"] = 2 * gain * (1 + terms) * (1 + terms / 4)
+    return scale
+
+
+def _logprob_cases() -> Iterator[Case]:
+    def case(label: str, shape: tuple[int, ...], edit: str = "", **more: Any) -> Case:
+        def inputs(g: torch.Generator) -> Inputs:
+            made = _logits(g, shape, edit=edit)
+            extra = {k: v(g, made) if callable(v) else v for k, v in more.items()}
+            return made | extra
+
+        return Case(
+            "logprobs_from_logits",
+            label,
+            inputs,
+            ("logprob_forward",),
+            ("logprob_backward",),
+            ("logits",),
+            _logprob_scale,
+        )
+
+    def ignored(g: torch.Generator, made: Inputs) -> Tensor:
+        tokens: Tensor = made["tokens"]
+        return torch.where(_uniform(g, *tokens.shape) < 0.4, -100, tokens).int()
+
+    def masked(g: torch.Generator, made: Inputs) -> Tensor:
+        mask = _mask(g, *made["tokens"].shape)
+        made["logits"][~mask] = torch.nan
+        made["tokens"][~mask] = 10**6
+        return mask
+
+    def temperatures(g: torch.Generator, made: Inputs) -> Tensor:
+        return _uniform(g, *made["tokens"].shape) + 0.5
+
+    yield case("prime V", (2, 5, 1009))
+    yield case("one token", (1,), entropy=True)
+    yield case("V=1", (3, 1), entropy=True)
+    yield case("V below a vector", (2, 3, 7), entropy=True)
+    for v in (4095, 4096, 4097, 9001):
+        yield case(f"V={v}", (1, 3, v), entropy=True)
+    yield case("packed", (6, 300), entropy=True)
+    yield case("four dimensions", (2, 2, 3, 50), entropy=True)
+    yield case("temperature", (2, 3, 300), temperature=0.6, entropy=True)
+    yield case("temperature per token", (2, 3, 300), temperature=temperatures, entropy=True)
+    yield case("softcap", (2, 3, 301), softcap=5.0, entropy=True)
+    yield case(
+        "all transforms",
+        (2, 3, 301),
+        softcap=8.0,
+        logit_scale=0.3,
+        temperature=1.7,
+        entropy=True,
+    )
+    yield case("ignored labels", (3, 6, 33), tokens=ignored, entropy=True)
+    yield case("masked NaN", (3, 6, 33), mask=masked, entropy=True)
+    yield case(
+        "fully masked",
+        (2, 3, 33),
+        mask=lambda g, made: torch.zeros_like(made["tokens"]),
+        entropy=True,
+    )
+    for edit in (
+        "target wins",
+        "target loses",
+        "constant",
+        "far below 0",
+        "forbidden",
+        "not finite",
+    ):
+        yield case(edit, (2, 4, 517), edit, entropy=True)
+    yield case("no rows", (0, 4, 17), entropy=True)
+
+
+CASES: list[Case] = [*_logprob_cases()]

@@ -1,0 +1,25 @@
+"""The cube op x executor x dtype x layout: every cell held to the float64 reference, on the kernel
+it asked for."""
+
+import pytest
+import torch
+
+from ppo_kernels.testing import CASES, DTYPES, LAYOUTS, check, executors
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """torch.empty gives NaN: an element a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("executor", executors())
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_cell(case, executor, dtype, layout):
+    check(case, executor, dtype, layout)
