@@ -1,0 +1,75 @@
+"""`ppo-kernels train`: settings from a YAML file and the command line."""
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from ppo_kernels.trainer.config import Config, InputError
+
+
+def parse_config(argv: Sequence[str], prog: str, config_file: str | None = None) -> Config:
+    """Return the settings of `--config FILE [--key value ...]`; raise InputError with one line."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=prog,
+        description="Train a causal language model with PPO.",
+        default_config_files=[config_file] if config_file else [],
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings")
+    parser.add_class_arguments(Config, as_group=False)
+    try:
+        values = parser.parse_args(list(argv)).as_dict()
+    except ArgumentError as error:
+        raise InputError(_one_line(str(error))) from error
+    names = {field.name for field in fields(Config)}
+    return Config(**{key: value for key, value in values.items() if key in names})
+
+
+def _one_line(message: str) -> str:
+    """Say in one line what jsonargparse says in several: key, given, expected."""
+    types = {field.name: _type_name(field.type) for field in fields(Config)}
+    key = re.search(r'Parser key "(\w+)"', message)
+    given = re.search(r"(?:Got|Given) value: (.*)", message)
+    if key and given and key[1] in types:
+        return f"{key[1]}: given {given[1]!r}, expected {types[key[1]]}"
+    unknown = re.search(r"Option '(.*)' is not accepted|unrecognized arguments: (.*)", message)
+    if unknown:
+        name = (unknown[1] or unknown[2]).split()[0].lstrip("-").split("=")[0]
+        close = difflib.get_close_matches(name, types, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(types)}"
+        return f"{name}: no such setting; {hint}"
+    return " ".join(message.split())
+
+
+def _type_name(kind: object) -> str:
+    if isinstance(kind, type) and not hasattr(kind, "__args__"):
+        return kind.__name__
+    return str(kind).replace("typing.", "").replace("None", "null")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ppo-kernels train`; return the exit status."""
+    prog = "ppo-kernels train"
+    config = None
+    try:
+        config = parse_config(sys.argv[1:] if argv is None else argv, prog)
+        from ppo_kernels.trainer.ppo import train
+
+        result = train(config)
+    except InputError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        where = f"; the log is {config.output_dir}/log.jsonl" if config else ""
+        print(f"\n{prog}: interrupted{where}", file=sys.stderr)
+        return 130
+    if result.before and result.after:
+        print(f"mean reward {result.before.mean:.3f} -> {result.after.mean:.3f}")
+    print(f"{result.tokens_per_second:.0f} tokens/s; everything is in {result.output_dir}")
+    return 0

@@ -1,0 +1,193 @@
+"""Every setting of a training run, with its meaning, default and allowed range."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any, Literal, get_args
+
+
+class InputError(ValueError):
+    """A setting, file or reward that cannot be used; it says what was given and expected."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `ppo-kernels train`: keys of its YAML file, overridden by `--key value`."""
+
+    model: str | None = None
+    """Folder of a saved causal language model, or 'module:name' (or 'file.py:name') of a callable
+    that returns one."""
+    model_class: str = "transformers:AutoModelForCausalLM"
+    """'module:Class' whose from_pretrained loads the model folder."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer, or 'module:name' of a callable that returns one; the model's folder
+    when not given."""
+    separate_value_model: bool = False
+    """Give the value function its own copy of the trunk; otherwise it is a linear head on the
+    policy's last layer."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights. Log-probabilities, values and losses are float32 in either case."""
+    device: str = "auto"
+    """Torch device; 'auto' takes CUDA where there is one."""
+    threads: int | None = None
+    """CPU threads of torch; its own choice when not given. Small models are fastest with 1."""
+
+    prompts: str | None = None
+    """Text file with one prompt a line, or .jsonl with a 'prompt' and further columns, which the
+    reward receives."""
+    eval_prompts: str | None = None
+    """Prompts of the same form for the samples before and after; the training prompts when not
+    given."""
+    max_prompt_tokens: int = 512
+    """Longer prompts are refused, never cut."""
+    reward: str | None = None
+    """'module:name' or 'file.py:name' of the reward: f(prompts=, completions=, **columns) -> list
+    of floats, sync or async."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the score of a completion that ran into max_new_tokens."""
+
+    output_dir: str = "runs/ppo"
+    """Folder of all that the run writes."""
+    overwrite: bool = False
+    """Replace the run that output_dir already holds."""
+    seed: int = 0
+    """The same seed repeats a run bit for bit on the same machine and thread count."""
+    eval_samples: int = 128
+    """Completions sampled before and after training for the mean rewards and the table; 0 skips
+    both."""
+    table_rows: int = 6
+    """Rows of the table of samples before and after."""
+
+    steps: int = 100
+    """Rounds of rollout and update."""
+    rollouts: int = 64
+    """Completions sampled each step."""
+    max_new_tokens: int = 32
+    """Longest completion, its end-of-sequence token included."""
+    temperature: float = 1.0
+    """Of sampling, and of every log-probability."""
+    forbidden_tokens: list[str] | None = None
+    """Tokens never sampled; when not given, the tokenizer's special tokens other than the end of a
+    sequence."""
+
+    epochs: int = 4
+    """Passes over each step's rollouts."""
+    minibatch: int = 16
+    """Completions per optimizer step."""
+    micro_batch: int = 16
+    """Completions per forward and backward pass. Smaller saves memory and does not change the
+    loss."""
+    lr: float = 1e-5
+    """AdamW's peak learning rate for the policy (and the separate value model's trunk)."""
+    value_lr: float = 1e-4
+    """The same for the value head."""
+    lr_decay: bool = True
+    """Let both learning rates fall linearly to 0 over the run."""
+    adam_eps: float = 1e-5
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Largest norm of a minibatch's gradient."""
+
+    clip_low: float = 0.2
+    """The ratio is clipped at 1 - clip_low from below."""
+    clip_high: float | None = None
+    """And at 1 + clip_high from above; clip_low when not given."""
+    dual_clip: float | None = None
+    """Bound, above 1, on the objective's factor for negative advantages; off when not given."""
+    aggregation: Literal[
+        "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-sum-norm"
+    ] = "token-mean"
+    """How the policy loss is averaged over a minibatch; seq-sum-norm divides by max_new_tokens."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    value_coef: float = 0.5
+    """Weight of the value loss."""
+    value_clip: float | None = 0.2
+    """Range in which new values may leave the old ones, in units of the reward; 'null' turns it
+    off."""
+    gamma: float = 1.0
+    """Discount of the rewards."""
+    lam: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    whiten_advantages: bool = True
+    """Shift and scale the advantages of a step's rollouts to mean 0 and variance 1."""
+    whiten_eps: float = 0.01
+    """Added to the variance, in squared units of the reward. It bounds what whitening may amplify:
+    once every completion earns the same, the variance is noise, and scaling that up to 1 destroys a
+    good policy within one step."""
+
+    kl_coef: float = 0.05
+    """Weight of the penalty on the divergence from the reference; the start value where kl_target
+    is given."""
+    kl_target: float | None = None
+    """Divergence per completion, in nats, that the adaptive controller steers to; the weight is
+    fixed when not given."""
+    kl_horizon: float = 10000.0
+    """Completions in which the adaptive controller acts; smaller is faster."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
+    """Per-token estimator of the divergence."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and type(None) in get_args(field.type):
+                continue
+            choices = get_args(field.type) if "Literal" in str(field.type) else ()
+            if choices and value not in choices:
+                raise _wrong(field.name, value, f"one of {', '.join(choices)}")
+            for expected, (names, holds) in _LIMITS.items():
+                if field.name in names and not holds(value):
+                    raise _wrong(field.name, value, expected)
+        if self.rollouts % self.minibatch:
+            raise _wrong("minibatch", self.minibatch, f"a divisor of rollouts ({self.rollouts})")
+
+
+def _wrong(key: str, given: object, expected: str) -> InputError:
+    return InputError(f"{key}: given {given!r}, expected {expected}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_LIMITS: dict[str, tuple[set[str], Callable[[Any], bool]]] = {
+    "an integer >= 1": (
+        {"threads", "max_prompt_tokens", "steps", "rollouts", "max_new_tokens"}
+        | {"epochs", "minibatch", "micro_batch"},
+        lambda v: _is_int(v) and v >= 1,
+    ),
+    "an integer >= 0": (
+        {"seed", "eval_samples", "table_rows"},
+        lambda v: _is_int(v) and v >= 0,
+    ),
+    "a number > 0": (
+        {"temperature", "adam_eps", "max_grad_norm", "value_clip", "kl_target", "kl_horizon"},
+        lambda v: _is_real(v) and v > 0,
+    ),
+    "a number > 1": ({"dual_clip"}, lambda v: _is_real(v) and v > 1),
+    "a number >= 0": (
+        {"missing_eos_penalty", "lr", "value_lr", "weight_decay", "entropy_coef", "value_coef"}
+        | {"clip_high", "kl_coef", "whiten_eps"},
+        lambda v: _is_real(v) and v >= 0,
+    ),
+    "a number in [0, 1]": (
+        {"gamma", "lam", "clip_low"},
+        lambda v: _is_real(v) and 0 <= v <= 1,
+    ),
+    "true or false": (
+        {"separate_value_model", "overwrite", "lr_decay", "whiten_advantages"},
+        lambda v: isinstance(v, bool),
+    ),
+    "a string": (
+        {"model", "model_class", "tokenizer", "device", "prompts", "eval_prompts", "reward"}
+        | {"output_dir"},
+        lambda v: isinstance(v, str) and v != "",
+    ),
+}

@@ -1,0 +1,80 @@
+"""From rollouts to what the update learns from: log-probabilities, advantages, returns."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import ppo_kernels as pk
+from ppo_kernels.trainer.config import Config
+from ppo_kernels.trainer.model import ActorCritic, response_outputs
+from ppo_kernels.trainer.rollout import Rollout
+
+
+class Experience(NamedTuple):
+    """One step's rollouts and all that the update treats as constant, each `[B, ...]`."""
+
+    sequences: Tensor
+    attention_mask: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def rows(self, index: Tensor) -> "Experience":
+        """Select completions."""
+        return Experience(*(field[index] for field in self))
+
+
+@torch.no_grad()
+def score_tokens(
+    actor: ActorCritic, reference: PreTrainedModel, rollout: Rollout, config: Config
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-probabilities, values and reference log-probabilities of all responses.
+
+    They come from forward passes like those of the update; log-probabilities taken from the sampler
+    would differ in their last bits, and ratios with them.
+    """
+    length = rollout.response_mask.shape[1]
+    parts = []
+    for rows in torch.arange(len(rollout.sequences)).split(config.micro_batch):
+        inputs = rollout.sequences[rows], rollout.attention_mask[rows], length
+        tokens, mask = rollout.responses[rows], rollout.response_mask[rows]
+        logits, values = actor(*inputs)
+        ref_logits, _ = response_outputs(reference, *inputs, actor.forbidden)
+        logprobs, ref_logprobs = (
+            pk.logprobs_from_logits(x, tokens, temperature=config.temperature, mask=mask)
+            for x in (logits, ref_logits)
+        )
+        parts.append((logprobs, values, ref_logprobs))
+    logprobs, values, ref_logprobs = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logprobs, values, ref_logprobs
+
+
+def make_experience(
+    actor: ActorCritic,
+    reference: PreTrainedModel,
+    rollout: Rollout,
+    scores: Tensor,
+    *,
+    kl_coef: float,
+    config: Config,
+) -> tuple[Experience, Tensor]:
+    """Return per-token advantages and returns with what they belong to, and the per-token KL."""
+    logprobs, values, ref_logprobs = score_tokens(actor, reference, rollout, config)
+    mask = rollout.response_mask
+    scores = scores - config.missing_eos_penalty * ~rollout.ended
+    rewards, kl = pk.shape_rewards(
+        scores, logprobs, ref_logprobs, mask, kl_coef=kl_coef, estimator=config.kl_estimator
+    )
+    advantages, returns = pk.gae(
+        rewards, values, gamma=config.gamma, lam=config.lam, mask=mask, mask_convention="truncate"
+    )
+    if config.whiten_advantages:
+        advantages = pk.whiten(advantages, mask, eps=config.whiten_eps)
+    experience = Experience(
+        rollout.sequences, rollout.attention_mask, mask, logprobs, values, advantages, returns
+    )
+    return experience, kl

@@ -1,0 +1,122 @@
+"""The policy, its value function and its frozen reference."""
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_kernels.trainer.config import Config, InputError
+from ppo_kernels.trainer.files import import_object
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that `config.device` names."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device: given {name!r}, which torch cannot use: {reason}") from error
+
+
+def load_policy(config: Config) -> PreTrainedModel:
+    """Load the folder, or call the callable, that `config.model` names."""
+    assert config.model is not None
+    if Path(config.model).is_dir():
+        model_class = import_object(config.model_class, "model_class")
+        return model_class.from_pretrained(config.model, local_files_only=True)
+    if ":" not in config.model:
+        raise InputError(f"model: given {config.model!r}, expected a folder or 'module:name'")
+    policy = import_object(config.model, "model")()
+    if not isinstance(policy, PreTrainedModel):
+        raise InputError(
+            f"model: {config.model} returned {type(policy).__name__}, expected a PreTrainedModel"
+        )
+    return policy
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that `config.tokenizer` names, or the one in the model's folder."""
+    source = config.tokenizer or config.model
+    if source is not None and Path(source).is_dir():
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    if source is None or source == config.model:
+        raise InputError("tokenizer: given nothing, and model is no folder that could hold one")
+    if ":" not in source:
+        raise InputError(f"tokenizer: given {source!r}, expected a folder or 'module:name'")
+    return import_object(source, "tokenizer")()
+
+
+def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
+    """Return the reference: the policy as it is now, without gradients."""
+    return cast(PreTrainedModel, copy.deepcopy(policy).eval().requires_grad_(False))
+
+
+def response_outputs(
+    policy: PreTrainedModel,
+    sequences: Tensor,
+    attention_mask: Tensor,
+    length: int,
+    forbidden: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return logits `[B, length, V]` and last hidden states where the last tokens are predicted.
+
+    The logits of forbidden tokens are -inf, as they are in sampling.
+    """
+    arguments: dict[str, Any] = _inputs(policy, sequences, attention_mask)
+    if "logits_to_keep" in inspect.signature(policy.forward).parameters:
+        arguments["logits_to_keep"] = length + 1
+    outputs = policy(**arguments, output_hidden_states=True, use_cache=False)
+    logits = outputs.logits[:, -length - 1 : -1]
+    if len(forbidden):
+        logits.index_fill_(-1, forbidden, -torch.inf)
+    return logits, outputs.hidden_states[-1][:, -length - 1 : -1]
+
+
+class ActorCritic(nn.Module):
+    """A policy and a linear value head, on the policy's own trunk or on a copy of it.
+
+    Both stay in evaluation mode throughout: with dropout, the ratio of a policy to itself is not 1.
+    """
+
+    def __init__(self, policy: PreTrainedModel, forbidden: list[int], separate: bool) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value_trunk: PreTrainedModel | None = (
+            copy.deepcopy(policy.base_model) if separate else None
+        )
+        hidden_size = policy.config.get_text_config().hidden_size
+        self.value_head = nn.Linear(hidden_size, 1, device=policy.device, dtype=torch.float32)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.forbidden: Tensor
+        self.register_buffer(
+            "forbidden", torch.tensor(forbidden, dtype=torch.long, device=policy.device)
+        )
+        self.eval()
+
+    def forward(
+        self, sequences: Tensor, attention_mask: Tensor, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits `[B, length, V]` and values `[B, length]` of the last `length` tokens."""
+        logits, hidden = response_outputs(
+            self.policy, sequences, attention_mask, length, self.forbidden
+        )
+        if self.value_trunk is not None:
+            trunk = self.value_trunk
+            outputs = trunk(**_inputs(trunk, sequences, attention_mask), use_cache=False)
+            hidden = outputs.last_hidden_state[:, -length - 1 : -1]
+        return logits, self.value_head(hidden.float())[..., 0]
+
+
+def _inputs(model: nn.Module, sequences: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    inputs = {"input_ids": sequences, "attention_mask": attention_mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        # prompts are padded on the left, so the first real token has position 0 wherever it stands
+        inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return inputs

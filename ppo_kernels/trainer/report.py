@@ -1,0 +1,84 @@
+"""What a run leaves behind: the reward curve, the samples before and after, the exported policy."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
+from tabulate import tabulate
+from transformers import PreTrainedTokenizerBase
+
+from ppo_kernels.trainer.evaluate import Samples
+from ppo_kernels.trainer.files import atomic_file, atomic_folder
+from ppo_kernels.trainer.model import ActorCritic
+
+
+def plot_rewards(history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw mean reward and divergence from the reference over the steps."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    rewards, divergence = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    steps = [row["step"] for row in history]
+    means = [row["reward/mean"] for row in history]
+    spread = [row["reward/std"] for row in history]
+    low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+    rewards.plot(steps, means, label="mean")
+    rewards.fill_between(steps, low, high, alpha=0.15, label="± one standard deviation")
+    rewards.set_ylabel("reward")
+    rewards.legend(loc="lower right")
+    divergence.plot(steps, [row["kl/per_completion"] for row in history], color="tab:orange")
+    divergence.set_ylabel("KL to reference\n(nats per completion)")
+    divergence.set_xlabel("step")
+    for axes in (rewards, divergence):
+        axes.grid(alpha=0.3)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def sample_table(before: Samples, after: Samples, rows: int, markdown: bool) -> str:
+    """Lay out samples before and after training side by side, for the terminal or as Markdown."""
+    cells = [
+        [
+            _one_line(before.prompts[i], markdown),
+            _one_line(before.completions[i], markdown),
+            f"{before.scores[i]:.2f}",
+            _one_line(after.completions[i], markdown),
+            f"{after.scores[i]:.2f}",
+        ]
+        for i in range(min(rows, len(before.prompts)))
+    ]
+    headers = ["prompt", "before", "reward", "after", "reward"]
+    if markdown:
+        return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
+    widths = [18, 38, None, 38, None]
+    return tabulate(
+        cells, headers, tablefmt="rounded_grid", maxcolwidths=widths, disable_numparse=True
+    )
+
+
+def _one_line(text: str, markdown: bool) -> str:
+    text = " ".join(text.split())
+    return text.replace("\\", "\\\\").replace("|", "\\|") if markdown else text
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def export(model: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save policy and tokenizer for `from_pretrained`, and the value function beside them."""
+    with atomic_folder(folder / "policy") as temporary:
+        model.policy.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    with atomic_folder(folder / "value") as temporary:
+        save_file(model.value_head.state_dict(), temporary / "head.safetensors")
+        if model.value_trunk is not None:
+            model.value_trunk.save_pretrained(temporary / "trunk")
