@@ -28,9 +28,10 @@ struct Fault {
 struct LogprobForward {
   View logits, tokens, mask, temperatures;
   int64_t rows, cols, vocab, ignore_index;
-  double temperature, softcap, logit_scale;   // softcap 0: none; temperatures, when given, replaces
-  temperature View logprobs, entropy, state;  // state [rows, cols, 3]: maximum, log of
-  the sum, mean of(z - max) int64_t threads;
+  double temperature, softcap, logit_scale;  // softcap 0: none; temperatures replace temperature
+  View logprobs, entropy;
+  View state;  // [rows, cols, 3]: maximum, log of the sum, mean of z - max z
+  int64_t threads;
 };
 
 struct LogprobBackward {
@@ -38,7 +39,7 @@ struct LogprobBackward {
   View logits, tokens, mask, temperatures, logprobs, state;
   int64_t rows, cols, vocab, ignore_index;
   double temperature, softcap, logit_scale;
-  View grad_logits;  // may be logits itself: each element is read before it is written
+  View grad_logits;  // may be logits itself
   int64_t threads;
 };
 

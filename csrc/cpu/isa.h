@@ -9,7 +9,7 @@ namespace ppok {
 
 std::vector<std::string> supported_isas();  // built in and runnable on this processor, lowest first
 const KernelTable& active();
-void set_isa(const std::string& name);  // throws std::invalid_argument for a level that cannot run
-here
+void set_isa(
+    const std::string& name);  // throws std::invalid_argument for a level that cannot run here
 
 }  // namespace ppok

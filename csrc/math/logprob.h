@@ -44,9 +44,9 @@ PPOK_HD inline RowResult finish(const RowSums& others, double target, double c) 
       (target == -INFINITY && others.max == -INFINITY))
     target = NAN;
   const double others_minus_target =
-      others.max == -INFINITY ? (others.rest + target) * 0. - INFINITY  // V = 1, or the
-                                                                  rest forbidden
-                              : log(others.at_max + others.rest) - (target - others.max) * c;
+      others.max == -INFINITY
+          ? (others.rest + target) * 0. - INFINITY  // V = 1, or the rest forbidden
+          : log(others.at_max + others.rest) - (target - others.max) * c;
   const RowSums row = merge(others, RowSums{target, 1., target != target ? target : 0., 0.}, c);
   const double log_sum = row.at_max == 1. ? log1p(row.rest) : log(row.at_max + row.rest);
   const double mean = row.slope / (row.at_max + row.rest);

@@ -45,15 +45,16 @@ def logprob_forward(
 def logprob_backward(*args: Any) -> Tensor:
     logits: Tensor = args[2]
     grad = torch.empty(logits.shape, dtype=logits.dtype)
-    _logprob_backward(*args, grad_logits=grad)
+    _logprob_backward(grad, *args)
     return grad
 
 
 def logprob_backward_(*args: Any) -> None:
-    _logprob_backward(*args, grad_logits=args[2])
+    _logprob_backward(args[2], *args)
 
 
 def _logprob_backward(
+    grad_logits: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     logits: Tensor,
@@ -66,7 +67,6 @@ def _logprob_backward(
     softcap: float,
     logit_scale: float,
     ignore_index: int,
-    grad_logits: Tensor,
 ) -> None:
     if tokens.dim() > 2:
         if grad_logits is logits:
