@@ -67,7 +67,8 @@ def number(
     """A finite Python number in [low, high], or (low, high] with `open_low`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    ok = math.isfinite(value) and (value > low if open_low else value >= low) and value <= high
+    # Comparisons only: under torch.compile with dynamic shapes a float is symbolic.
+    ok = (value > low if open_low else value >= low) and value <= high and abs(value) < math.inf
     if not ok:
         bounds = f"{'(' if open_low else '['}{low}, {high}{')' if high == math.inf else ']'}"
         raise ValueError(f"{name}: expected a finite number in {bounds}, got {value}")

@@ -161,19 +161,17 @@ def _reference(
         z = softcap * torch.tanh(z / softcap)
     if isinstance(temperature, Tensor):
         temperature = torch.where(live, temperature, 1.0).to(z.dtype)[..., None]
-    z = z / temperature
+    highest, where_highest = z.max(-1, keepdim=True)
+    # Differences from the maximum, first of all: one fp32 log-sum-exp near 1000 would cost 3e-5.
+    gap = (z - highest) / temperature
 
     index = torch.where(live, tokens, 0).long()[..., None]
-    target = z.gather(-1, index)[..., 0]
-    others = z.scatter(-1, index, -torch.inf)
-    highest, where_highest = z.max(-1, keepdim=True)
-    poison = torch.where(highest[..., 0] == torch.inf, torch.nan, 1.0)
-    logprobs = F.logsigmoid(target - _logsumexp(others)) * poison
-    logprobs = torch.where(live, logprobs, 0.0)
+    target = gap.gather(-1, index)[..., 0]
+    others = gap.scatter(-1, index, -torch.inf)
+    logprobs = torch.where(live, F.logsigmoid(target - _logsumexp(others)), 0.0)
     if not entropy:
         return logprobs, logprobs
     # One maximum is taken out of the sum, so that log(sum) = log1p(rest) keeps a rest far below 1.
-    gap = z - highest
     weight = gap.exp()
     rest = weight.scatter(-1, where_highest, 0.0).sum(-1)
     gap = torch.where(gap == -torch.inf, 0.0, gap)
