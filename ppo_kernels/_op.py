@@ -3,7 +3,8 @@
 An op is declared once, next to its reference (see ``ops/logprob.py``)::
 
     _FORWARD = Op("logprob_forward", "(Tensor logits, ...) -> (Tensor, Tensor)",
-                  fake=_fake_forward, autograd=_autograd_forward, cpu=cpu.logprob_forward)
+                  function="logprobs_from_logits", fake=_fake_forward, autograd=_autograd,
+                  cpu=cpu.logprob_forward)
 
 and called with the name of the backend that serves it: ``_FORWARD(logits, ..., backend)``. A new
 backend is one module of functions with the same arguments plus one keyword per op, and an entry in
@@ -95,7 +96,7 @@ def refusal(op: Op, backend: str, device: str) -> str | None:
     if backend == "torch":
         return None
     if backend not in op.kernels:
-        return f"{op.name} has no {backend} kernel"
+        return f"no {backend} kernel"
     if device not in entry.devices:
         return f"runs on {'/'.join(entry.devices)} tensors, these are on {device}"
     return None
@@ -105,7 +106,7 @@ def _refuse(op: Op, backend: str, device: str, reason: str) -> NoReturn:
     others = "; ".join(
         f"{name}: {refusal(op, name, device) or 'can run'}" for name in BACKENDS if name != backend
     )
-    raise RuntimeError(f"backend {backend!r} cannot run {op.name}: {reason} ({others})")
+    raise RuntimeError(f"backend {backend!r} cannot run {op.function}: {reason} ({others})")
 
 
 class Op:
@@ -114,6 +115,7 @@ class Op:
     Args:
         name: The op's name; one public function may own several ops (forward, backward).
         schema: Its signature; a last argument ``str backend`` is added.
+        function: The public function it serves.
         fake: Shapes and dtypes of the outputs, from the same arguments without `backend`.
         autograd: What runs at the Autograd key, with all arguments; it calls `below` for the op
             itself. Without it, an input that requires grad raises while gradients are recorded.
@@ -125,11 +127,13 @@ class Op:
         name: str,
         schema: str,
         *,
+        function: str,
         fake: Callable[..., Any],
         autograd: Callable[..., Any] | None = None,
         **kernels: Callable[..., Any],
     ) -> None:
         self.name = name
+        self.function = function
         self.kernels = kernels
         arguments, returns = schema.split(") -> ")
         _LIBRARY.define(f"{name}{arguments}, str backend) -> {returns}")

@@ -74,3 +74,8 @@ def isa() -> str:
 def set_isa(name: str) -> None:
     """Choose the level for the whole process. Raises ValueError for one that cannot run here."""
     _C.set_isa(name)
+
+
+def build() -> dict[str, str | bool]:
+    """How the compiled module was made."""
+    return {"version": _C.version, "compiler": _C.compiler, "openmp": _C.openmp}

@@ -269,6 +269,7 @@ _FORWARD = Op(
     "(Tensor logits, Tensor tokens, Tensor? mask, Tensor? temperatures, float temperature, "
     "float softcap, float logit_scale, int ignore_index, bool entropy, bool inplace_backward) "
     "-> (Tensor, Tensor, Tensor)",
+    function="logprobs_from_logits",
     fake=_fake_forward,
     autograd=_autograd,
     cpu=lambda *args: cpu.logprob_forward(*args[:-1]),
@@ -281,12 +282,14 @@ _BACKWARD_SCHEMA = (
 _BACKWARD = Op(
     "logprob_backward",
     _BACKWARD_SCHEMA.format("", "Tensor"),
+    function="logprobs_from_logits",
     fake=_fake_backward,
     cpu=cpu.logprob_backward,
 )
 _BACKWARD_INPLACE = Op(
     "logprob_backward_",
     _BACKWARD_SCHEMA.format("(a!)", "()"),
+    function="logprobs_from_logits",
     fake=lambda *args: None,
     cpu=cpu.logprob_backward_,
 )

@@ -1,0 +1,44 @@
+"""The `ppo-kernels` command; also `python -m ppo_kernels`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import info
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="ppo-kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("info", help="what runs here, and why the rest does not")
+    show.add_argument("--table", action="store_true", help="only the function x backend table")
+    for name, text in (
+        ("train", "PPO from a configuration file: --config FILE [--key value ...]"),
+        ("demo", "PPO on real text, start to finish"),
+    ):
+        commands.add_parser(name, help=text, add_help=False)
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "info":
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        print(info.markdown(info.backend_table()) if arguments.table else info.report())
+        return 0
+    return _trainer(arguments.command, rest)
+
+
+def _trainer(command: str, rest: Sequence[str]) -> int:
+    try:
+        if command == "train":
+            from .trainer.cli import main as run
+        else:
+            from .trainer.demo import main as run
+    except ModuleNotFoundError as error:
+        print(
+            f"ppo-kernels {command}: {error.name} is not installed; "
+            "it comes with: pip install 'ppo-kernels[trainer]'",
+            file=sys.stderr,
+        )
+        return 2
+    return run(rest)

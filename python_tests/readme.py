@@ -1,0 +1,33 @@
+"""The parts of README.md that are generated: between <!-- NAME --> and <!-- /NAME -->."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from ppo_kernels import info
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def generated() -> dict[str, str]:
+    return {"op table": info.markdown(info.backend_table())}
+
+
+def rendered(text: str) -> str:
+    """The README's text with every generated part as it should be."""
+    for name, body in generated().items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, found = re.subn(pattern, lambda m: f"{m[1]}{body}\n{m[2]}", text, flags=re.S)  # noqa: B023
+        if found != 1:
+            raise ValueError(f"README.md: expected one part named {name!r}, found {found}")
+    return text
+
+
+if __name__ == "__main__":
+    before = README.read_text()
+    after = rendered(before)
+    if sys.argv[1:] == ["--write"] and after != before:
+        README.write_text(after)
+    sys.exit(0 if "--write" in sys.argv or after == before else 1)

@@ -1,0 +1,222 @@
+"""Around the kernels: build, import, choice of backend, command line, generated docs."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+import readme
+import torch
+
+import ppo_kernels as pk
+from ppo_kernels import cpu, info
+from ppo_kernels._op import BACKENDS, OPS, _chosen
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code, **env):
+    """Run code in a fresh interpreter; its last line of output, decoded."""
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True, cwd="/"
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+# ---- build ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
+def test_pip_install_in_isolation_without_cmake_or_ninja(tmp_path):
+    """Nothing but a compiler on PATH: cmake and ninja are fetched by the build, torch is not."""
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "runs", "*.so", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("g++", "gcc", "c++", "cc", "as", "ld", "ar", "ranlib", "nm", "uname", "sh", "env"):
+        if shutil.which(name):
+            (tools / name).symlink_to(shutil.which(name))
+    fresh = tmp_path / "venv"
+    venv.create(fresh, with_pip=True)
+    pip = subprocess.run(
+        [fresh / "bin/python", "-m", "pip", "install", "-v", "--no-deps", str(source)],
+        env={k: v for k, v in os.environ.items() if k != "CMAKE_PREFIX_PATH"}
+        | {"PATH": str(tools)},
+        capture_output=True,
+        text=True,
+    )
+    assert pip.returncode == 0, pip.stdout[-4000:] + pip.stderr[-2000:]
+    assert not re.search(r"(?:Downloading|Collecting|Using cached) torch\b", pip.stdout)
+    (site,) = (fresh / "lib").glob("python3*/site-packages")
+    assert (site / "ppo_kernels/py.typed").exists()
+    assert (site / "ppo_kernels/_C.pyi").exists()
+    # torch itself is taken from this environment.
+    (site / "torch.pth").write_text(str(Path(torch.__file__).parent.parent))
+    code = "import ppo_kernels as pk, json; print(json.dumps([pk.__file__, pk.cpu.UNAVAILABLE]))"
+    run = subprocess.run(
+        [fresh / "bin/python", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    where, reason = json.loads(run.stdout)
+    assert Path(where).is_relative_to(fresh)
+    assert reason is None
+
+
+def test_versions_agree():
+    (version,) = re.findall(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert pk.__version__ == version == cpu.build()["version"]
+
+
+def test_stub_and_module_agree():
+    """Every function of _C is in its stub, with as many arguments."""
+    stub = (ROOT / "ppo_kernels/_C.pyi").read_text()
+    typed = {
+        name: len([a for a in arguments.split(",") if a.strip() not in ("", "/")])
+        for name, arguments in re.findall(r"^def (\w+)\((.*?)\) ->", stub, flags=re.S | re.M)
+    }
+    actual = {
+        name: len(re.findall(r"arg\d+:", getattr(cpu._C, name).__doc__))
+        for name in dir(cpu._C)
+        if callable(getattr(cpu._C, name)) and not name.startswith("__")
+    }
+    assert typed == actual
+
+
+# ---- import and choice of backend ----------------------------------------------------------------
+
+BROKEN = """
+import sys, json
+sys.modules["ppo_kernels._C"] = None
+import torch, ppo_kernels as pk
+from ppo_kernels import info
+x = torch.randn(2, 5)
+out = pk.logprobs_from_logits(x, torch.zeros(2, dtype=torch.int64))
+try:
+    pk.logprobs_from_logits(x, torch.zeros(2, dtype=torch.int64), backend="cpu")
+except RuntimeError as error:
+    refused = str(error)
+print(json.dumps([info.report(), sorted(pk.op_counts()), refused]))
+"""
+
+
+def test_import_survives_a_missing_compiled_module():
+    report, counts, refused = python(BROKEN)
+    assert counts == [["logprobs_from_logits", "torch"]]
+    assert "compiled module: off - the compiled module ppo_kernels._C did not load" in report
+    assert "backend 'cpu' cannot run logprobs_from_logits: the compiled module" in refused
+    assert "torch: can run" in refused
+
+
+def test_import_without_torch_says_so_in_one_line():
+    code = "import sys; sys.modules['torch'] = None; import ppo_kernels"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert run.stderr.splitlines()[-1] == (
+        "ImportError: ppo_kernels needs torch >= 2.6; install it with: pip install torch"
+    )
+
+
+def test_environment_chooses_backend_and_instruction_set():
+    code = """
+import json, torch, ppo_kernels as pk
+pk.logprobs_from_logits(torch.randn(2, 5), torch.zeros(2, dtype=torch.int64))
+print(json.dumps([sorted(pk.op_counts()), pk.cpu.isa()]))
+"""
+    assert python(code, PPO_KERNELS_BACKEND="torch")[0] == [["logprobs_from_logits", "torch"]]
+    assert python(code, PPO_KERNELS_BACKEND="")[0] == [["logprob_forward", "cpu"]]
+    assert python(code, PPO_KERNELS_CPU_ISA="generic")[1] == "generic"
+
+
+def test_unknown_names_in_the_environment_are_reported_not_fatal():
+    code = """
+import json, torch, ppo_kernels as pk
+try:
+    pk.logprobs_from_logits(torch.randn(2, 5), torch.zeros(2, dtype=torch.int64))
+    message = ""
+except ValueError as error:
+    message = str(error)
+print(json.dumps([message, pk.cpu.UNAVAILABLE or ""]))
+"""
+    message, _ = python(code, PPO_KERNELS_BACKEND="fpga")
+    assert message == (
+        "PPO_KERNELS_BACKEND: unknown backend 'fpga', expected one of auto, " + ", ".join(BACKENDS)
+    )
+    _, reason = python(code, PPO_KERNELS_CPU_ISA="sse9")
+    assert "instruction set 'sse9' cannot run here: expected one of generic" in reason
+
+
+def test_backend_argument_beats_context_beats_environment():
+    x, t = torch.randn(2, 5), torch.zeros(2, dtype=torch.int64)
+    with pk.use_backend("torch"):
+        pk.reset_op_counts()
+        pk.logprobs_from_logits(x, t)
+        pk.logprobs_from_logits(x, t, backend="cpu")
+        with pk.use_backend("auto"):
+            pk.logprobs_from_logits(x, t)
+        assert pk.op_counts() == {
+            ("logprobs_from_logits", "torch"): 1,
+            ("logprob_forward", "cpu"): 2,
+        }
+    assert len(_chosen) == 1
+    with (
+        pytest.raises(ValueError, match="use_backend: unknown backend 'tpu'"),
+        pk.use_backend("tpu"),
+    ):
+        pass
+
+
+def test_instruction_set_levels():
+    levels = cpu.supported_isas()
+    assert levels[0] == "generic"
+    before = cpu.isa()
+    assert before in levels
+    with pytest.raises(ValueError, match="instruction set 'mmx' cannot run here: expected one of"):
+        cpu.set_isa("mmx")
+    assert cpu.isa() == before
+
+
+def test_public_names_are_documented():
+    for name in pk.__all__:
+        assert getattr(pk, name).__doc__, name
+    for op in OPS.values():
+        assert op.function in pk.__all__
+
+
+# ---- command line and generated docs -------------------------------------------------------------
+
+
+def command(*arguments, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "ppo_kernels", *arguments],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+
+
+def test_info_names_every_function_and_reason():
+    run = command("info")
+    assert run.returncode == 0
+    for function in info.functions():
+        assert re.search(rf"{function} +cpu +runs", run.stdout)
+    broken = command("info", PPO_KERNELS_CPU_ISA="sse9").stdout
+    assert re.search(r"logprobs_from_logits +cpu +off: the compiled module .*sse9", broken)
+    assert command("info", "--tabel").returncode == 2
+
+
+def test_info_warns_about_two_openmp_runtimes(monkeypatch):
+    monkeypatch.setattr(info, "openmp_runtimes", lambda: ["/a/libgomp.so.1", "/b/libiomp5.so"])
+    assert "warning: two OpenMP runtimes are loaded: /a/libgomp.so.1, /b/lib" in info.report()
+    monkeypatch.undo()
+    assert len(info.openmp_runtimes()) == 1
+
+
+def test_generated_parts_of_the_readme_are_current():
+    text = readme.README.read_text()
+    assert readme.rendered(text) == text, "run `make docs`"
