@@ -3,7 +3,7 @@
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -53,23 +53,39 @@ def _type_name(kind: object) -> str:
     return str(kind).replace("typing.", "").replace("None", "null")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `ppo-kernels train`; return the exit status."""
-    prog = "ppo-kernels train"
+def run_command(
+    prog: str,
+    argv: Sequence[str] | None,
+    work: Callable[[Config], None],
+    config_file: str | None = None,
+) -> int:
+    """Call `work` with the parsed settings; mistakes and Ctrl-C end in one line and a status."""
     config = None
     try:
-        config = parse_config(sys.argv[1:] if argv is None else argv, prog)
-        from ppo_kernels.trainer.ppo import train
-
-        result = train(config)
+        config = parse_config(sys.argv[1:] if argv is None else argv, prog, config_file)
+        work(config)
     except InputError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        where = f"; the log is {config.output_dir}/log.jsonl" if config else ""
+        where = f"; what was finished is in {config.output_dir}" if config else ""
         print(f"\n{prog}: interrupted{where}", file=sys.stderr)
         return 130
-    if result.before and result.after:
-        print(f"mean reward {result.before.mean:.3f} -> {result.after.mean:.3f}")
-    print(f"{result.tokens_per_second:.0f} tokens/s; everything is in {result.output_dir}")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ppo-kernels train`; return the exit status."""
+    return run_command("ppo-kernels train", argv, _train)
+
+
+def _train(config: Config) -> None:
+    from transformers.utils import logging
+
+    from ppo_kernels.trainer.ppo import train
+
+    logging.disable_progress_bar()
+    result = train(config)
+    if result.before is not None and result.after is not None:
+        print(f"mean reward {result.before.mean:.3f} before, {result.after.mean:.3f} after")
+    print(f"{result.tokens_per_second:.0f} tokens/s; everything is in {result.output_dir}")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -42,6 +43,12 @@ def prepare_output(config: Config) -> Path:
     return folder
 
 
+def progress_bar(steps: int, name: str) -> "tqdm[NoReturn]":
+    """Return a bar that redraws itself in a terminal and adds a line now and then in a file."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(total=steps, desc=name, unit="step", dynamic_ncols=True, mininterval=interval)
+
+
 class RunLog:
     """Writes each step's metrics to log.jsonl and TensorBoard, and shows the main ones.
 
@@ -51,8 +58,7 @@ class RunLog:
     def __init__(self, folder: Path, steps: int) -> None:
         self.file = open(folder / "log.jsonl", "wb", buffering=0)  # noqa: SIM115
         self.board = SummaryWriter(str(folder / "tensorboard"))
-        interval = 0.1 if sys.stderr.isatty() else 10.0
-        self.bar = tqdm(total=steps, unit="step", dynamic_ncols=True, mininterval=interval)
+        self.bar = progress_bar(steps, "ppo")
         self.history: list[dict[str, float]] = []
 
     def __enter__(self) -> "RunLog":

@@ -87,9 +87,8 @@ class ActorCritic(nn.Module):
     def __init__(self, policy: PreTrainedModel, forbidden: list[int], separate: bool) -> None:
         super().__init__()
         self.policy = policy
-        self.value_trunk: PreTrainedModel | None = (
-            copy.deepcopy(policy.base_model) if separate else None
-        )
+        trunk = cast(PreTrainedModel, policy.base_model)
+        self.value_trunk = copy.deepcopy(trunk) if separate else None
         hidden_size = policy.config.get_text_config().hidden_size
         self.value_head = nn.Linear(hidden_size, 1, device=policy.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)

@@ -9,11 +9,11 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from tokenizers.trainers import WordLevelTrainer
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import ppo_kernels as pk
 from ppo_kernels.trainer.files import atomic_folder
+from ppo_kernels.trainer.logs import progress_bar
 
 PAD, UNK, BOS, EOS = "<pad>", "<unk>", "<bos>", "<eos>"
 
@@ -93,8 +93,8 @@ def fit(tokenizer: PreTrainedTokenizerFast, texts: list[str], recipe: Recipe) ->
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.lr, total_steps=recipe.steps, pct_start=0.1
     )
-    progress = tqdm(range(recipe.steps), desc="language model", unit="step", dynamic_ncols=True)
-    for _ in progress:
+    bar = progress_bar(recipe.steps, "language model")
+    for _ in range(recipe.steps):
         tokens = rows[torch.randint(len(rows), (recipe.batch,))]
         targets = tokens[:, 1:]
         wanted = (targets != tokenizer.pad_token_id) & (targets != tokenizer.unk_token_id)
@@ -106,7 +106,9 @@ def fit(tokenizer: PreTrainedTokenizerFast, texts: list[str], recipe: Recipe) ->
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+        bar.update()
+    bar.close()
     return model.eval()
 
 

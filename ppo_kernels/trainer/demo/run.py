@@ -1,17 +1,14 @@
 """The demo from start to finish: data, language model, PPO, report."""
 
-import sys
 import time
-from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 from tabulate import tabulate
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
 import ppo_kernels as pk
-from ppo_kernels.trainer.cli import parse_config
 from ppo_kernels.trainer.config import Config, InputError
 from ppo_kernels.trainer.demo.data import load_reviews
 from ppo_kernels.trainer.demo.language_model import Recipe, ensure_language_model
@@ -22,29 +19,12 @@ HELD_OUT = 1500
 PROMPT_WORDS = 3
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `ppo-kernels demo [--key value]`; return the exit status."""
-    prog = "ppo-kernels demo"
-    config = None
-    try:
-        settings = str(files("ppo_kernels.trainer.demo") / "ppo.yaml")
-        config = parse_config(sys.argv[1:] if argv is None else argv, prog, settings)
-        run(config)
-    except InputError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        where = f"; what is finished is in {config.output_dir}" if config else ""
-        print(f"\n{prog}: interrupted{where}", file=sys.stderr)
-        return 130
-    return 0
-
-
 def run(config: Config) -> None:
     """Prepare data and language model where they are missing, train, and print what came of it."""
     if config.model is None or config.prompts is None or config.eval_prompts is None:
         raise InputError("the demo needs model, prompts and eval_prompts; it makes what they name")
     start = time.perf_counter()
+    logging.disable_progress_bar()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 
