@@ -28,9 +28,9 @@ class Recipe:
     heads: int = 4
     tokens: int = 24
     """Longest training text, its begin and end included."""
-    steps: int = 400
+    steps: int = 600
     batch: int = 64
-    lr: float = 3e-3
+    lr: float = 2e-3
     seed: int = 0
 
 
@@ -93,22 +93,21 @@ def fit(tokenizer: PreTrainedTokenizerFast, texts: list[str], recipe: Recipe) ->
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.lr, total_steps=recipe.steps, pct_start=0.1
     )
-    bar = progress_bar(recipe.steps, "language model")
-    for _ in range(recipe.steps):
-        tokens = rows[torch.randint(len(rows), (recipe.batch,))]
-        targets = tokens[:, 1:]
-        wanted = (targets != tokenizer.pad_token_id) & (targets != tokenizer.unk_token_id)
-        logits = model(input_ids=tokens).logits[:, :-1]
-        logprobs = pk.logprobs_from_logits(logits, targets, mask=wanted)
-        loss = -pk.masked_mean(logprobs, wanted)
-        loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-        bar.update()
-    bar.close()
+    with progress_bar(recipe.steps, "language model") as bar:
+        for _ in range(recipe.steps):
+            tokens = rows[torch.randint(len(rows), (recipe.batch,))]
+            targets = tokens[:, 1:]
+            wanted = (targets != tokenizer.pad_token_id) & (targets != tokenizer.unk_token_id)
+            logits = model(input_ids=tokens).logits[:, :-1]
+            logprobs = pk.logprobs_from_logits(logits, targets, mask=wanted)
+            loss = -pk.masked_mean(logprobs, wanted)
+            loss.backward()
+            clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+            bar.update()
     return model.eval()
 
 
