@@ -2,6 +2,7 @@
 // strides...) or None; ppo_kernels/cpu makes them. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/mman.h>
 
 #include "cpu/isa.h"
 #include "kernels.h"
@@ -53,6 +54,15 @@ void def(py::module_& m, const char* name, Fault (*KernelTable::*kernel)(const A
   });
 }
 
+// A fresh tensor of hundreds of megabytes is mostly page faults: 2 MiB pages make them 512 times
+// fewer. A hint: where the system has none to give, nothing changes.
+void advise_huge_pages(uintptr_t begin, uintptr_t bytes) {
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage,
+                  last = (begin + bytes) / kPage * kPage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -62,6 +72,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(active().isa); });
   m.def("supported_isas", &supported_isas);
   m.def("set_isa", &set_isa);
+  m.def("advise_huge_pages", &advise_huge_pages);
   active();  // an unusable PPO_KERNELS_CPU_ISA fails at import, where the package reports it
 
   using i64 = int64_t;

@@ -16,6 +16,9 @@ namespace PPOK_ISA {
 namespace {
 
 constexpr int64_t kChunk = 4096;
+constexpr int64_t kTile = 1024;  // backward is elementwise: three tiles fit the cache
+constexpr int64_t kWorthThreads =
+    1 << 16;  // elements below which waking the other threads costs more
 
 // ---- one chunk --------------------------------------------------------------------------------
 
@@ -194,7 +197,7 @@ void keep_first(Fault& first, int32_t kind, int64_t where) {
 template <class T, bool kEntropy>
 Fault forward(const LogprobForward& a) {
   const int64_t rows = a.rows * a.cols, chunks = (a.vocab + kChunk - 1) / kChunk;
-  const int threads = static_cast<int>(a.threads);
+  const int threads = rows * a.vocab < kWorthThreads ? 1 : static_cast<int>(a.threads);
   Fault first{kNoFault, 0};
 
   const auto sums_of = [&](const Row<LogprobForward>& r, int64_t chunk, double c) {
@@ -238,7 +241,7 @@ Fault forward(const LogprobForward& a) {
                  [&](int64_t k, double) { return shared[i * chunks + k]; });
     free(shared);
   } else {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows > 1)
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t i = 0; i < rows; ++i) {
       const Row<LogprobForward> r(a, i);
       finish_row(i, r, [&](int64_t k, double c) { return sums_of(r, k, c); });
@@ -255,8 +258,8 @@ struct Upstream {
 
 // grad = c (-g_logprob p + g_entropy p (mean - z)), the target column excepted.
 template <bool kEntropy>
-PPOK_INLINE void chunk_gradient(const float* u, float* grad, int64_t n, double c_,
-                                const float* state, Upstream g) {
+PPOK_INLINE void gradient_of_others(const float* u, float* grad, int64_t n, double c_,
+                                    const float* state, Upstream g) {
   const float c = static_cast<float>(c_);
   const vfloat reference = splat(state[0]), log_sum = splat(state[1]), mean = splat(state[2]);
   const vfloat g_logprob = splat(static_cast<float>(-g.logprob * c_)),
@@ -278,67 +281,83 @@ PPOK_INLINE void chunk_gradient(const float* u, float* grad, int64_t n, double c
 }
 
 template <bool kEntropy>
-inline void chunk_gradient(const double* u, double* grad, int64_t n, double c, const double* state,
-                           Upstream g) {
+inline void gradient_of_others(const double* u, double* grad, int64_t n, double c,
+                               const double* state, Upstream g) {
   for (int64_t j = 0; j < n; ++j) {
     const double z = (u[j] - state[0]) * c, p = exp(z - state[1]);
     grad[j] = -g.logprob * c * p + (kEntropy && p != 0. ? g.entropy * c * p * (state[2] - z) : 0.);
   }
 }
 
+// Columns from .. from + n of one live row's gradient; n is at most kTile.
+template <class T, bool kEntropy>
+inline void gradient_tile(const LogprobBackward& a, const Row<LogprobBackward>& r, Upstream g,
+                          int64_t from, int64_t n) {
+  alignas(64) T raw_buffer[kTile], buffer[kTile], out_buffer[kTile];
+  const int64_t i = r.row * a.cols + r.col;
+  const T* state = at<T>(a.state, 3 * i);
+  const Transform<LogprobBackward> transform{a};
+  const double c = transform.scale(r.temperature);
+  const View& out = a.grad_logits;
+  void* destination = const_cast<char*>(column(out, r.row, r.col, from));
+  T* grad = write_target(destination, out.dtype, out.stride[2], out_buffer);
+
+  const T* raw = read_run(column(a.logits, r.row, r.col, from), a.logits.dtype, a.logits.stride[2],
+                          n, raw_buffer);
+  const T* u = raw;
+  if (a.softcap > 0.) {
+    memcpy(buffer, raw, n * sizeof(T));
+    transform.cap(buffer, n);
+    u = buffer;
+    if (grad == raw) {  // in place: the raw logits are needed once more
+      memcpy(raw_buffer, raw, n * sizeof(T));
+      raw = raw_buffer;
+    }
+  }
+  const bool holds_target = r.token >= from && r.token < from + n;
+  T target_gradient = 0;
+  if (holds_target) {
+    // 1 - p by expm1: exact where p is near 1.
+    const double logprob = *at<T>(a.logprobs, i), p = exp(logprob);
+    const double z = (static_cast<double>(u[r.token - from]) - state[0]) * c;
+    const double through_entropy = kEntropy && p != 0. ? g.entropy * p * (state[2] - z) : 0.;
+    target_gradient = static_cast<T>(c * (-g.logprob * expm1(logprob) + through_entropy));
+  }
+  gradient_of_others<kEntropy>(u, grad, n, c, state, g);
+  if (holds_target) grad[r.token - from] = target_gradient;
+  if (a.softcap > 0.) transform.uncap(grad, raw, n);
+  write_run(destination, out.dtype, out.stride[2], n, grad);
+}
+
+inline void zero_columns(const View& out, int64_t row, int64_t col, int64_t from, int64_t n) {
+  char* destination = const_cast<char*>(column(out, row, col, from));
+  const int64_t size = element_size(out.dtype);
+  if (out.stride[2] == 1)
+    memset(destination, 0, n * size);
+  else
+    for (int64_t j = 0; j < n; ++j) memset(destination + j * out.stride[2] * size, 0, size);
+}
+
 template <class T, bool kEntropy>
 void backward(const LogprobBackward& a) {
   const int64_t chunks = (a.vocab + kChunk - 1) / kChunk, tasks = a.rows * a.cols * chunks;
-  const int threads = static_cast<int>(a.threads);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && tasks > 1)
+  const int threads = a.rows * a.cols * a.vocab < kWorthThreads ? 1 : static_cast<int>(a.threads);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t task = 0; task < tasks; ++task) {
-    alignas(64) T buffer[kChunk], raw_buffer[kChunk], out_buffer[kChunk];
-    const int64_t i = task / chunks, from = task % chunks * kChunk;
-    const int64_t n = a.vocab - from < kChunk ? a.vocab - from : kChunk;
-    const Row<LogprobBackward> r(a, i);
-    const View& out = a.grad_logits;
-    void* destination = const_cast<char*>(column(out, r.row, r.col, from));
-    T* grad = write_target(destination, out.dtype, out.stride[2], out_buffer);
-
+    const int64_t from = task % chunks * kChunk;
+    const int64_t end = from + kChunk < a.vocab ? from + kChunk : a.vocab;
+    const Row<LogprobBackward> r(a, task / chunks);
     Upstream g{0., 0.};
     if (r.kind == kLive && a.grad_logprobs.data)
       g.logprob = read_one<double>(a.grad_logprobs, r.row, r.col);
     if (r.kind == kLive && a.grad_entropy.data)
       g.entropy = read_one<double>(a.grad_entropy, r.row, r.col);
     if (g.logprob == 0. && g.entropy == 0.) {  // nothing asked of this row: its logits are not read
-      memset(grad, 0, n * sizeof(T));
-      write_run(destination, out.dtype, out.stride[2], n, grad);
+      zero_columns(a.grad_logits, r.row, r.col, from, end - from);
       continue;
     }
-
-    const T* raw = read_run(column(a.logits, r.row, r.col, from), a.logits.dtype,
-                            a.logits.stride[2], n, raw_buffer);
-    const T* u = raw;
-    const Transform<LogprobBackward> transform{a};
-    if (a.softcap > 0.) {
-      memcpy(buffer, raw, n * sizeof(T));
-      transform.cap(buffer, n);
-      u = buffer;
-    }
-    const T* state = at<T>(a.state, 3 * i);
-    const double c = transform.scale(r.temperature);
-    const bool holds_target = r.token >= from && r.token < from + n;
-    T target_gradient = 0;
-    if (holds_target) {
-      // 1 - p by expm1: exact where p is near 1.
-      const double logprob = *at<T>(a.logprobs, i), p = exp(logprob);
-      const double z = (static_cast<double>(u[r.token - from]) - state[0]) * c;
-      const double through_entropy = kEntropy && p != 0. ? g.entropy * p * (state[2] - z) : 0.;
-      target_gradient = static_cast<T>(c * (-g.logprob * expm1(logprob) + through_entropy));
-    }
-    if (a.softcap > 0. && grad == raw) {  // in place: the raw logits are needed once more
-      memcpy(raw_buffer, raw, n * sizeof(T));
-      raw = raw_buffer;
-    }
-    chunk_gradient<kEntropy>(u, grad, n, c, state, g);
-    if (holds_target) grad[r.token - from] = target_gradient;
-    if (a.softcap > 0.) transform.uncap(grad, raw, n);
-    write_run(destination, out.dtype, out.stride[2], n, grad);
+    for (int64_t tile = from; tile < end; tile += kTile)
+      gradient_tile<T, kEntropy>(a, r, g, tile, end - tile < kTile ? end - tile : kTile);
   }
 }
 

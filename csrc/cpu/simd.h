@@ -52,13 +52,28 @@ PPOK_INLINE vfloat load_bf16(const uint16_t* p) {
   return reinterpret_cast<vfloat>(__builtin_convertvector(half, vuint) << 16);
 }
 
+// The low halves of the lanes. GCC 12 turns __builtin_convertvector into one extraction per lane
+// here.
+PPOK_INLINE void store_low_halves(uint16_t* p, vuint x) {
+#if defined(PPOK_ISA_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(x)));
+#elif defined(PPOK_ISA_AVX2)
+  const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(x), _mm256_setzero_si256());
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+  *reinterpret_cast<vhalf_mem*>(p) = __builtin_convertvector(x, vhalf);
+#endif
+}
+
 // Round to nearest even; NaN stays NaN (quiet).
 PPOK_INLINE void store_bf16(uint16_t* p, vfloat x) {
   const vuint bits = reinterpret_cast<vuint>(x);
   const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vuint nan = (bits >> 16) | 0x40u;
   const vuint half = (x != x) ? nan : rounded;
-  *reinterpret_cast<vhalf_mem*>(p) = __builtin_convertvector(half, vhalf);
+  store_low_halves(p, half);
 }
 
 PPOK_INLINE vfloat load_f16(const uint16_t* p) {
@@ -99,8 +114,7 @@ PPOK_INLINE void store_f16(uint16_t* p, vfloat x) {
   vuint half = magnitude < (113u << 23) ? subnormal : normal;
   half = magnitude >= 0x477ff000u ? vuint{} + 0x7c00u : half;  // 65520 and above round to infinity
   half = magnitude > 0x7f800000u ? vuint{} + 0x7e00u : half;
-  *reinterpret_cast<vhalf_mem*>(p) =
-      __builtin_convertvector(half | ((bits >> 16) & 0x8000u), vhalf);
+  store_low_halves(p, half | ((bits >> 16) & 0x8000u));
 #endif
 }
 

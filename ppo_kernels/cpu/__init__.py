@@ -56,6 +56,15 @@ def two_leading(t: Tensor, inner: int = 0) -> Tensor:
     return t.flatten(0, -2 - inner) if t.dim() > 2 + inner else t
 
 
+def empty_large(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """torch.empty for an output the size of the logits, on huge pages where the system has them."""
+    t = torch.empty(shape, dtype=dtype)
+    size = t.numel() * t.element_size()
+    if size >= 8 << 20:
+        _C.advise_huge_pages(t.data_ptr(), size)
+    return t
+
+
 def rows_cols(t: Tensor) -> tuple[int, int]:
     shape = t.shape
     return (1, 1) if not shape else (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from . import _C, rows, rows_cols, two_leading
+from . import _C, empty_large, rows, rows_cols, two_leading
 
 
 def logprob_forward(
@@ -44,7 +44,7 @@ def logprob_forward(
 
 def logprob_backward(*args: Any) -> Tensor:
     logits: Tensor = args[2]
-    grad = torch.empty(logits.shape, dtype=logits.dtype)
+    grad = empty_large(logits.shape, logits.dtype)
     _logprob_backward(grad, *args)
     return grad
 
