@@ -29,7 +29,7 @@ def tensor(name: str, value: Any, dtypes: Sequence[torch.dtype] | None = None) -
 
 
 def shape(name: str, value: Tensor, expected: Sequence[int], like: str) -> None:
-    if value.shape != torch.Size(expected):
+    if tuple(value.shape) != tuple(expected):
         raise ValueError(
             f"{name}: expected shape {list(expected)} ({like}), got {list(value.shape)}"
         )
