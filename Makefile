@@ -1,6 +1,8 @@
 # make demo    PPO on real text, start to finish, from nothing but python3 and a C++ compiler
 # make test    every test
 # make lint    ruff, clang-format, mypy
+# make test-sanitize   the op tests on kernels built with AddressSanitizer and UBSan
+# make test-floor      the op tests on the oldest torch and Python supported (a download of gigabytes)
 # make docs    regenerate the tables that come from the code
 #
 # All of them work in .venv, made on first use. PYTHON chooses the interpreter, TORCH what pip installs as torch.
@@ -11,13 +13,33 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 2>/dev/null)
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test test-sanitize test-floor lint format docs clean
 
 demo: .venv/installed
 	$(BIN)/ppo-kernels demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+OP_TESTS := $(shell ls python_tests/test_*.py | grep -vE 'package|trainer|bench')
+
+# A second environment on top of .venv, whose ppo_kernels is the sanitized build. Leaks are Python's own affair.
+test-sanitize: .venv/installed
+	$(BIN)/python -m venv --without-pip build/sanitize
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+		> "$$(build/sanitize/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(PIP) --python build/sanitize/bin/python install -q --no-deps --no-build-isolation --force-reinstall . \
+		-C cmake.define.PPO_KERNELS_SANITIZE=ON -C cmake.build-type=RelWithDebInfo -C build-dir=build/sanitize/cmake
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		bin/python -m pytest -p no:cacheprovider $(addprefix ../../,$(OP_TESTS))
+
+FLOOR_PYTHON ?= python3.10
+test-floor:
+	test -d build/floor || $(FLOOR_PYTHON) -m venv build/floor
+	build/floor/bin/python -m pip install -q torch==2.6.0 numpy pytest hypothesis
+	build/floor/bin/python -m pip install -q --no-deps .
+	cd build/floor && bin/python -m pytest -p no:cacheprovider $(addprefix ../../,$(OP_TESTS))
 
 lint: .venv/installed
 	$(BIN)/ruff check .
