@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import ppo_kernels as pk
 from ppo_kernels.trainer import Config, InputError, train
+from ppo_kernels.trainer.cli import parse_config
 from ppo_kernels.trainer.experience import Experience, make_experience, score_tokens
 from ppo_kernels.trainer.model import ActorCritic, frozen_copy, response_outputs
 from ppo_kernels.trainer.ppo import KLController, accumulate_gradients
@@ -75,6 +76,8 @@ def test_learns_and_leaves_its_files(config):
     pk.reset_op_counts()
     result = run(config)
     assert result.after.mean > result.before.mean + 0.2
+    again = parse_config(["--config", str(result.output_dir / "config.json")], "ppo-kernels train")
+    assert again == config
     lines = log_lines(config)
     assert [line["step"] for line in lines] == list(range(config.steps))
     assert lines[0]["ratio_first/max"] == pytest.approx(1, abs=1e-4)
@@ -83,7 +86,8 @@ def test_learns_and_leaves_its_files(config):
     assert lines[-1]["kl/per_completion"] > 0.1
     files = {path.name for path in result.output_dir.iterdir()}
     assert files == {
-        *("log.jsonl", "tensorboard", "reward.png", "samples.md", "summary.json"),
+        *("config.json", "log.jsonl", "tensorboard"),
+        *("reward.png", "samples.md", "summary.json"),
         *("policy", "value"),
     }
     assert (result.output_dir / "reward.png").read_bytes().startswith(b"\x89PNG")
@@ -354,7 +358,7 @@ def test_interrupt_keeps_whole_lines_and_no_temporary_files(config):
     with pytest.raises(KeyboardInterrupt):
         run(replace(config, eval_samples=0), reward=interrupting)
     assert len(log_lines(config)) == 3
-    assert set(os.listdir(config.output_dir)) == {"log.jsonl", "tensorboard"}
+    assert set(os.listdir(config.output_dir)) == {"config.json", "log.jsonl", "tensorboard"}
 
 
 def test_control_c_on_the_command_line(config, tmp_path):

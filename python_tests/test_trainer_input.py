@@ -156,6 +156,8 @@ def test_wrong_tokenizers_devices_and_specs():
         load_tokenizer(Config(tokenizer="nowhere"))
     with pytest.raises(InputError, match="device: given 'gpu'"):
         resolve_device("gpu")
+    with pytest.raises(InputError, match="reward: given 'trainer_tiny:WORDS', a list, expected"):
+        import_object("trainer_tiny:WORDS", "reward")
     with pytest.raises(InputError, match="reward: given 'f', expected 'module:name'"):
         import_object("f", "reward")
 

@@ -38,9 +38,9 @@ def _one_line(message: str) -> str:
     given = re.search(r"(?:Got|Given) value: (.*)", message)
     if key and given and key[1] in types:
         return f"{key[1]}: given {given[1]!r}, expected {types[key[1]]}"
-    unknown = re.search(r"Option '(.*)' is not accepted|unrecognized arguments: (.*)", message)
+    unknown = re.search(r"(?:Option|unrecognized arguments:) '?([^'\s]+)", message)
     if unknown:
-        name = (unknown[1] or unknown[2]).split()[0].lstrip("-").split("=")[0]
+        name = unknown[1].lstrip("-").split("=")[0]
         close = difflib.get_close_matches(name, types, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(types)}"
         return f"{name}: no such setting; {hint}"

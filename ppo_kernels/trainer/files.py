@@ -57,7 +57,10 @@ def import_object(spec: str, key: str) -> Any:
         raise InputError(f"{key}: given {spec!r}, which does not import: {error}") from error
     if not hasattr(module, name):
         raise InputError(f"{key}: given {spec!r}, but {module_name} has no {name!r}")
-    return getattr(module, name)
+    found = getattr(module, name)
+    if not callable(found):
+        raise InputError(f"{key}: given {spec!r}, a {type(found).__name__}, expected a callable")
+    return found
 
 
 def _import_file(path: Path) -> Any:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ppo_kernels.trainer.config import Config, InputError
 
 WRITTEN = (
+    "config.json",
     "log.jsonl",
     "tensorboard",
     "reward.png",

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,10 +110,11 @@ def train(
     tokens, seconds = 0, 0.0
 
     folder = prepare_output(config)
+    write_json(folder / "config.json", asdict(config))
     before = evaluate(sampler, reward, eval_prompts, config)
     with RunLog(folder, config.steps) as log:
         for step in range(config.steps):
-            start = time.perf_counter()
+            start, lr = time.perf_counter(), float(schedule.get_last_lr()[0])
 
             # Sample completions and score them.
             rows = next(batches)
@@ -162,7 +163,7 @@ def train(
                     "completion/ended": float(rollout.ended.float().mean()),
                     "entropy": float(torch.stack([update.entropy for update in updates]).mean()),
                     "grad_norm": float(torch.stack(norms).mean()),
-                    "lr": float(schedule.get_last_lr()[0]),
+                    "lr": lr,
                     "ratio_first/max": float(updates[0].policy.ratio_max),
                     "ratio_first/min": float(updates[0].policy.ratio_min),
                     **floats("policy", pk.reduce_metrics([u.policy for u in updates])),
