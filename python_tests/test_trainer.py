@@ -159,8 +159,10 @@ def test_micro_batches_equal_one_batch(parts, config, micro_batch, aggregation):
         torch.testing.assert_close(many.policy.as_dict()[key], value, rtol=1e-5, atol=1e-7)
 
 
-def test_ratio_is_one_before_the_first_update(parts, config):
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_ratio_is_one_before_the_first_update(parts, config, temperature):
     _, actor, reference, rollout = parts
+    config = replace(config, temperature=temperature)
     experience, _ = make_experience(
         actor, reference, rollout, torch.randn(32), kl_coef=0.1, config=config
     )
@@ -205,18 +207,24 @@ def test_rollout_layout(parts):
         assert tokenizer.decode(response, skip_special_tokens=True) == rollout.completions[i]
 
 
-def test_padding_changes_no_log_probability(parts, config):
-    _, actor, reference, rollout = parts
+def test_token_scores_are_those_of_each_text_alone(parts, config):
+    """Log-probabilities and values as computed text by text, without padding, by plain torch."""
+    sampler, actor, reference, rollout = parts
+    config = replace(config, temperature=0.7)
     logprobs, values, ref_logprobs = score_tokens(actor, reference, rollout, config)
     torch.testing.assert_close(logprobs, ref_logprobs, rtol=0, atol=0)
-    for i in range(8):
-        live = rollout.attention_mask[i].bool()
-        alone = rollout.sequences[i][live][None]
+    for i in range(len(tiny.PROMPTS)):
+        tokens = rollout.sequences[i][rollout.attention_mask[i].bool()]
         n = int(rollout.response_mask[i].sum())
-        logits, value = actor(alone, torch.ones_like(alone), n)
-        expected = pk.logprobs_from_logits(logits, alone[:, -n:], temperature=config.temperature)
-        torch.testing.assert_close(logprobs[i, :n], expected[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(values[i, :n], value[0], rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            outputs = actor.policy(input_ids=tokens[None], output_hidden_states=True)
+            value = actor.value_head(outputs.hidden_states[-1][0])[-n - 1 : -1, 0]
+        logits = outputs.logits[0, -n - 1 : -1] / 0.7
+        logits[:, sampler.forbidden] = -torch.inf
+        expected = torch.log_softmax(logits, -1).gather(-1, tokens[-n:, None])[:, 0]
+        torch.testing.assert_close(logprobs[i, :n], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(values[i, :n], value, rtol=1e-5, atol=1e-5)
+        assert not logprobs[i, n:].any()
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])

@@ -22,46 +22,87 @@ constexpr int64_t kWorthThreads =
 
 // ---- one chunk --------------------------------------------------------------------------------
 
-// Sums over contiguous float tiles; entropy needs more of them, and nobody else pays.
-template <bool kEntropy>
-PPOK_INLINE RowSums chunk_sums(const float* u, int64_t n, double c_) {
-  const float c = static_cast<float>(c_);
-  constexpr int kWays = 4;
-  const vfloat lowest = splat(-INFINITY);
-  float padded[kLanes];
-  const int64_t full = n / kLanes * kLanes;
-  for (int i = 0; i < kLanes; ++i) padded[i] = full + i < n ? u[full + i] : -INFINITY;
+constexpr int kWays = 4;  // independent chains of vectors, to hide the latency of each
+constexpr int kStep = kWays * kLanes;
+constexpr double kLog2E = 1.44269504088896340736;
 
-  vfloat top[kWays] = {lowest, lowest, lowest, lowest};
+// The maximum of n values that `next(j)` gives as vectors, from column j on; NaN is passed over.
+template <class Next>
+PPOK_INLINE float highest(int64_t n, Next next) {
+  vfloat top[kWays];
+  for (vfloat& t : top) t = splat(-INFINITY);
   int64_t j = 0;
-  for (; j + kWays * kLanes <= full; j += kWays * kLanes)
-    for (int k = 0; k < kWays; ++k) top[k] = max_or_second(load(u + j + k * kLanes), top[k]);
-  for (; j < full; j += kLanes) top[0] = max_or_second(load(u + j), top[0]);
-  top[0] = max_or_second(load(padded), top[0]);
-  const float m =
-      max_lanes(max_or_second(max_or_second(top[0], top[1]), max_or_second(top[2], top[3])));
+  for (; j + kStep <= n; j += kStep)
+    for (int k = 0; k < kWays; ++k) top[k] = max_or_second(next(j + k * kLanes), top[k]);
+  for (; j + kLanes <= n; j += kLanes) top[0] = max_or_second(next(j), top[0]);
+  return max_lanes(max_or_second(max_or_second(top[0], top[1]), max_or_second(top[2], top[3])));
+}
 
+// One chunk as floats, and its maximum. Half-precision columns are widened on the way.
+struct FloatChunk {
+  const float* u;
+  float max;
+};
+
+inline FloatChunk chunk_maximum(const float* u, int64_t n) {
+  const int64_t full = n / kLanes * kLanes;
+  float m = highest(full, [&](int64_t j) __attribute__((always_inline)) { return load(u + j); });
+  for (int64_t j = full; j < n; ++j) m = u[j] > m ? u[j] : m;
+  return {u, m};
+}
+
+template <bool kBf16>
+inline FloatChunk widened_chunk(const uint16_t* half, int64_t n, float* buffer) {
+  const int64_t full = n / kLanes * kLanes;
+  float m = highest(full, [&](int64_t j) __attribute__((always_inline)) {
+    const vfloat x = kBf16 ? load_bf16(half + j) : load_f16(half + j);
+    store(buffer + j, x);
+    return x;
+  });
+  for (int64_t j = full; j < n; ++j) {
+    buffer[j] = half_bits_to_float(half[j], kBf16);
+    m = buffer[j] > m ? buffer[j] : m;
+  }
+  return {buffer, m};
+}
+
+// The sums of one chunk against its own maximum; entropy needs more of them, nobody else pays.
+template <bool kEntropy>
+PPOK_INLINE RowSums chunk_sums(FloatChunk chunk, int64_t n, double c) {
   // All -inf: summed against 0 it gives 0, and a NaN hidden among them still shows.
-  const vfloat reference = splat(m == -INFINITY ? 0.f : m);
+  const vfloat reference = splat(chunk.max == -INFINITY ? 0.f : chunk.max);
+  const float gain = static_cast<float>(c * kLog2E);
   vfloat sum[kWays] = {}, slope[kWays] = {}, equal[kWays] = {};
   const auto add = [&](vfloat x, int k) __attribute__((always_inline)) {
-    const vfloat z = (x - reference) * c;
-    const vfloat e = vexp(z);
+    const vfloat y = (x - reference) * gain;
+    const vfloat e = vexp2_nonpositive(y);
     if (kEntropy) {
       equal[k] += select(x == reference, splat(1.f), vfloat{});
       sum[k] += select(x == reference, vfloat{}, e);
-      slope[k] += select(e == vfloat{}, vfloat{}, e * z);
+      slope[k] += select(e == vfloat{}, vfloat{}, e * y);
     } else {
       sum[k] += e;
     }
   };
-  for (j = 0; j + kWays * kLanes <= full; j += kWays * kLanes)
-    for (int k = 0; k < kWays; ++k) add(load(u + j + k * kLanes), k);
-  for (; j < full; j += kLanes) add(load(u + j), 0);
-  if (full < n) add(load(padded), 0);
+  int64_t j = 0;
+  for (; j + kStep <= n; j += kStep) {
+    for (int k = 0; k < kWays; ++k) add(load(chunk.u + j + k * kLanes), k);
+  }
+  for (; j + kLanes <= n; j += kLanes) add(load(chunk.u + j), 0);
+  if (j < n) {
+    float padded[kLanes];
+    for (int i = 0; i < kLanes; ++i) padded[i] = j + i < n ? chunk.u[j + i] : -INFINITY;
+    add(load(padded), 0);
+  }
   const auto total = [](const vfloat* x) { return sum_lanes((x[0] + x[1]) + (x[2] + x[3])); };
-  if (m == -INFINITY) return {m, 0., total(sum), 0.};
-  return {m, kEntropy ? total(equal) : 0., total(sum), kEntropy ? total(slope) : 0.};
+  if (chunk.max == -INFINITY) return {chunk.max, 0., total(sum), 0.};
+  return {chunk.max, kEntropy ? total(equal) : 0., total(sum),
+          kEntropy ? total(slope) / kLog2E : 0.};
+}
+
+template <bool kEntropy>
+PPOK_INLINE RowSums chunk_sums(const float* u, int64_t n, double c) {
+  return chunk_sums<kEntropy>(chunk_maximum(u, n), n, c);
 }
 
 template <bool kEntropy>
@@ -203,6 +244,16 @@ Fault forward(const LogprobForward& a) {
   const auto sums_of = [&](const Row<LogprobForward>& r, int64_t chunk, double c) {
     alignas(64) T buffer[kChunk];
     const int64_t from = chunk * kChunk, n = a.vocab - from < kChunk ? a.vocab - from : kChunk;
+    const bool half = a.logits.dtype == kBF16 || a.logits.dtype == kF16;
+    const bool holds_target = r.token >= from && r.token < from + n;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (half && a.logits.stride[2] == 1 && a.softcap == 0. && !holds_target) {
+        const auto* p = reinterpret_cast<const uint16_t*>(column(a.logits, r.row, r.col, from));
+        return chunk_sums<kEntropy>(a.logits.dtype == kBF16 ? widened_chunk<true>(p, n, buffer)
+                                                            : widened_chunk<false>(p, n, buffer),
+                                    n, c);
+      }
+    }
     return chunk_sums<kEntropy>(others_chunk(a, r, from, n, buffer), n, c);
   };
   const auto write = [&](int64_t i, const RowResult& result) {
@@ -258,17 +309,18 @@ struct Upstream {
 
 // grad = c (-g_logprob p + g_entropy p (mean - z)), the target column excepted.
 template <bool kEntropy>
-PPOK_INLINE void gradient_of_others(const float* u, float* grad, int64_t n, double c_,
+PPOK_INLINE void gradient_of_others(const float* u, float* grad, int64_t n, double c,
                                     const float* state, Upstream g) {
-  const float c = static_cast<float>(c_);
-  const vfloat reference = splat(state[0]), log_sum = splat(state[1]), mean = splat(state[2]);
-  const vfloat g_logprob = splat(static_cast<float>(-g.logprob * c_)),
-               g_entropy = splat(static_cast<float>(g.entropy * c_));
+  const float gain = static_cast<float>(c * kLog2E);
+  const vfloat reference = splat(state[0]), mean = splat(static_cast<float>(state[2] * kLog2E)),
+               log_sum = splat(static_cast<float>(state[1] * kLog2E));
+  const vfloat g_logprob = splat(static_cast<float>(-g.logprob * c)),
+               g_entropy = splat(static_cast<float>(g.entropy * c / kLog2E));
   const auto gradient = [&](vfloat x) __attribute__((always_inline)) {
-    const vfloat z = (x - reference) * c;
-    const vfloat p = vexp(z - log_sum);
+    const vfloat y = (x - reference) * gain;
+    const vfloat p = vexp2_nonpositive(y - log_sum);
     if (!kEntropy) return g_logprob * p;
-    return g_logprob * p + select(p == vfloat{}, p, g_entropy * (p * (mean - z)));
+    return g_logprob * p + select(p == vfloat{}, p, g_entropy * (p * (mean - y)));
   };
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) store(grad + j, gradient(load(u + j)));
