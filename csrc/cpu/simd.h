@@ -48,8 +48,16 @@ PPOK_INLINE vfloat max_or_second(vfloat a, vfloat b) { return a > b ? a : b; }  
 // ---- half precision ---------------------------------------------------------------------------
 
 PPOK_INLINE vfloat load_bf16(const uint16_t* p) {
+#if defined(PPOK_ISA_AVX512)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return reinterpret_cast<vfloat>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#elif defined(PPOK_ISA_AVX2)
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<vfloat>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+#else
   const vhalf_mem half = *reinterpret_cast<const vhalf_mem*>(p);
   return reinterpret_cast<vfloat>(__builtin_convertvector(half, vuint) << 16);
+#endif
 }
 
 // The low halves of the lanes. GCC 12 turns __builtin_convertvector into one extraction per lane
