@@ -18,7 +18,7 @@ struct View {
   int64_t stride[3];
 };
 
-enum FaultKind : int32_t { kNoFault, kBadToken, kBadTemperature };
+enum FaultKind : int32_t { kNoFault, kBadToken, kBadTemperature, kBadOffsets };
 
 struct Fault {
   int32_t kind;

@@ -15,7 +15,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int32, torch.int64)
 # Fault kinds of csrc/kernels.h.
-BAD_TOKEN, BAD_TEMPERATURE = 1, 2
+BAD_TOKEN, BAD_TEMPERATURE, BAD_OFFSETS = 1, 2, 3
 
 
 def tensor(name: str, value: Any, dtypes: Sequence[torch.dtype] | None = None) -> None:
@@ -46,6 +46,36 @@ def mask(value: Tensor | None, like: Tensor, like_name: str) -> None:
     tensor("mask", value)
     shape("mask", value, like.shape, f"as {like_name}")
     device("mask", value, like, like_name)
+
+
+def cu_seqlens(value: Tensor, like: Tensor, like_name: str) -> None:
+    """Shape, dtype and device of the offsets [S+1] of the S sequences packed in `like` [N]."""
+    tensor("cu_seqlens", value, INDICES)
+    if like.dim() != 1:
+        raise ValueError(
+            f"cu_seqlens: expected only with packed [N] {like_name}, got {list(like.shape)}"
+        )
+    if value.dim() != 1 or value.shape[0] == 0:
+        raise ValueError(f"cu_seqlens: expected shape [sequences + 1], got {list(value.shape)}")
+    device("cu_seqlens", value, like, f"as {like_name}")
+
+
+def cu_seqlens_contents(value: Tensor, total: int) -> None:
+    """Offsets start at 0, never decrease and end at `total` tokens; a sequence may be empty.
+
+    Kernels test the same and, on a fault, leave the wording to this function.
+    """
+    offsets = value.tolist()
+    where = len(offsets) - 1
+    if offsets[0] != 0:
+        where, expected = 0, "to start at 0"
+    elif decreasing := [i for i in range(1, len(offsets)) if offsets[i] < offsets[i - 1]]:
+        where, expected = decreasing[0], f"not to decrease (after {offsets[decreasing[0] - 1]})"
+    elif offsets[-1] != total:
+        expected = f"to end at {total}, the number of tokens"
+    else:
+        return
+    raise ValueError(f"cu_seqlens: expected {expected}, got {offsets[where]} at index {where}")
 
 
 def constant(name: str, value: Tensor | None) -> None:
