@@ -29,6 +29,22 @@ struct type_caster<ppok::View> {
   }
 };
 
+// The fields of the setting in order, as one tuple.
+template <>
+struct type_caster<ppok::ScanSetting> {
+  PYBIND11_TYPE_CASTER(ppok::ScanSetting, const_name("tuple"));
+  using Fields =
+      std::tuple<ppok::View, ppok::View, ppok::View, ppok::View, ppok::View, ppok::View, int64_t,
+                 int64_t, int64_t, int64_t, int64_t, double, double, double, int64_t>;
+  bool load(handle source, bool convert) {
+    make_caster<Fields> fields;
+    if (!fields.load(source, convert)) return false;
+    value = std::apply([](auto... field) { return ppok::ScanSetting{field...}; },
+                       cast_op<Fields>(fields));
+    return true;
+  }
+};
+
 template <>
 struct type_caster<ppok::Fault> {
   PYBIND11_TYPE_CASTER(ppok::Fault, const_name("tuple[int, int] | None"));
@@ -80,4 +96,8 @@ PYBIND11_MODULE(_C, m) {
       View, View, i64>(m, "logprob_forward", &KernelTable::logprob_forward);
   def<LogprobBackward, View, View, View, View, View, View, View, View, i64, i64, i64, i64, double,
       double, double, View, i64>(m, "logprob_backward", &KernelTable::logprob_backward);
+  def<ScanForward, View, View, View, View, ScanSetting, View, View, i64>(
+      m, "scan_forward", &KernelTable::scan_forward);
+  def<ScanBackward, View, View, ScanSetting, View, View, View, View, i64>(
+      m, "scan_backward", &KernelTable::scan_backward);
 }

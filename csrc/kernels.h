@@ -18,7 +18,7 @@ struct View {
   int64_t stride[3];
 };
 
-enum FaultKind : int32_t { kNoFault, kBadToken, kBadTemperature, kBadOffsets };
+enum FaultKind : int32_t { kNoFault, kBadToken, kBadTemperature, kBadOffsets, kBadLambda };
 
 struct Fault {
   int32_t kind;
@@ -43,10 +43,38 @@ struct LogprobBackward {
   int64_t threads;
 };
 
+// What every scan over sequences needs to know: padded rows, or packed ones under offsets
+// [sequences + 1].
+struct ScanSetting {
+  View mask, terminated, truncated;
+  View offsets, lams, value_lams;  // lams, when given, are per sequence and replace lam
+  int64_t rows, cols, sequences;
+  int64_t carry, truncate;  // the mask convention; neither: masked steps count as zeros
+  double gamma, lam, value_lam;
+  int64_t chains;  // 2: the value targets have a lambda of their own
+};
+
+struct ScanForward {
+  View rewards, values, next_values, bootstrap;  // all but rewards may be absent: zeros
+  ScanSetting setting;
+  View advantages, returns;  // contiguous; either may be absent
+  int64_t threads;
+};
+
+struct ScanBackward {
+  View grad_advantages, grad_returns;  // either may be absent
+  ScanSetting setting;
+  View grad_rewards, grad_values, grad_next_values,
+      grad_bootstrap;  // contiguous; any may be absent
+  int64_t threads;
+};
+
 // The list every table, declaration and binding is generated from.
-#define PPOK_KERNELS(X)              \
-  X(logprob_forward, LogprobForward) \
-  X(logprob_backward, LogprobBackward)
+#define PPOK_KERNELS(X)                \
+  X(logprob_forward, LogprobForward)   \
+  X(logprob_backward, LogprobBackward) \
+  X(scan_forward, ScanForward)         \
+  X(scan_backward, ScanBackward)
 
 struct KernelTable {
   const char* isa;

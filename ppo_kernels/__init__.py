@@ -8,11 +8,16 @@ except ImportError as _error:
     ) from _error
 
 from ._op import op_counts, reset_op_counts, use_backend
+from .ops.gae import GAE, gae
 from .ops.logprob import LogProbs, logprobs_from_logits
+from .ops.returns import discounted_returns
 
 __version__ = "0.1.0"
 __all__ = [
+    "GAE",
     "LogProbs",
+    "discounted_returns",
+    "gae",
     "logprobs_from_logits",
     "op_counts",
     "reset_op_counts",

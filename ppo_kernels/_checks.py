@@ -104,6 +104,13 @@ def number(
         raise ValueError(f"{name}: expected a finite number in {bounds}, got {value}")
 
 
+def fractions(name: str, value: Tensor) -> None:
+    """Contents of a tensor of numbers in [0, 1]; kernels test the same and leave the wording to this function."""
+    for i, x in enumerate(value.tolist()):
+        if not 0 <= x <= 1:
+            raise ValueError(f"{name}: expected finite numbers in [0, 1], got {x} at index {i}")
+
+
 def choice(name: str, value: Any, known: Iterable[str]) -> None:
     known = list(known)
     if value not in known:

@@ -1,4 +1,5 @@
-// The sequences of a batch: the rows of padded [rows, cols] tensors, or the runs of packed [1, cols] ones.
+// The sequences of a batch: the rows of padded [rows, cols] tensors, or the runs of packed [1,
+// cols] ones.
 #pragma once
 #include "cpu/tile.h"
 

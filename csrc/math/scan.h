@@ -1,0 +1,44 @@
+// The steps of the discounted scans: advantages, returns and their adjoint. Host and device.
+//
+// Every product is fused with its sum where the target has the instruction, and nowhere else, so
+// that the same step gives the same bits in every loop it is compiled into.
+#pragma once
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+
+#include "math/host_device.h"
+
+namespace ppok {
+namespace PPOK_ISA {
+
+// What a step says about itself; a masked step says nothing (0).
+enum StepCode : uint8_t { kLive = 1, kTerminated = 2, kTruncated = 4, kLast = 8 };
+constexpr uint8_t kCut =
+    kTerminated | kTruncated | kLast;  // nothing accumulated later reaches this step
+
+PPOK_HD inline double mul_add(double a, double b, double c) {
+#if defined(__FP_FAST_FMA) || defined(__CUDA_ARCH__)
+  return fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// delta = r + gamma v' - v; v' is 0 after a terminated step.
+PPOK_HD inline double td_error(double reward, double value, double next_value, double gamma) {
+  return mul_add(gamma, next_value, reward - value);
+}
+
+// One step of x_t = delta_t + c x_{t+1}. A coefficient of 0 cuts: what lies beyond is not looked
+// at, NaN included.
+PPOK_HD inline double scan_step(double coefficient, double accumulated, double delta) {
+  return mul_add(coefficient, coefficient == 0. ? 0. : accumulated, delta);
+}
+
+// Powers of a coefficient in (0, 1] stay normal numbers, so that an infinite carry times a power is
+// still infinite.
+PPOK_HD inline double clamp_power(double power) { return power < DBL_MIN ? DBL_MIN : power; }
+
+}  // namespace PPOK_ISA
+}  // namespace ppok

@@ -1,0 +1,92 @@
+"""scan_forward and scan_backward on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from . import _C, rows, rows_cols
+
+
+def scan_forward(
+    rewards: Tensor,
+    values: Tensor | None,
+    next_values: Tensor | None,
+    bootstrap: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, Tensor]:
+    *setting, with_advantages = args
+    double = any(
+        t is not None and t.dtype == torch.float64
+        for t in (rewards, values, next_values, bootstrap)
+    )
+    dtype = torch.float64 if double else torch.float32
+    returns = torch.empty(rewards.shape, dtype=dtype)
+    advantages = torch.empty(rewards.shape if with_advantages else 0, dtype=dtype)
+    fault = _C.scan_forward(
+        rows(rewards), rows(values), rows(next_values), rows(bootstrap),
+        _setting(rewards, *setting),
+        rows(advantages) if with_advantages else None, rows(returns), torch.get_num_threads(),
+    )  # fmt: skip
+    if fault is not None:
+        check_contents(rewards, *setting[3:6])
+    return advantages, returns
+
+
+def scan_backward(
+    grad_advantages: Tensor | None, grad_returns: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    *setting, needs = args
+    grad = grad_advantages if grad_advantages is not None else grad_returns
+    assert grad is not None
+    sequences = _sequences(grad, setting[3])
+    results = tuple(
+        torch.empty(shape if needed else 0, dtype=grad.dtype)
+        for needed, shape in zip(needs, (grad.shape,) * 3 + ((sequences,),), strict=True)
+    )
+    _C.scan_backward(
+        rows(grad_advantages), rows(grad_returns), _setting(grad, *setting),
+        *(rows(t) if needed else None for needed, t in zip(needs, results, strict=True)),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return results
+
+
+def check_contents(
+    rewards: Tensor, cu_seqlens: Tensor | None, lams: Tensor | None, value_lams: Tensor | None
+) -> None:
+    """Raise what only the data can tell."""
+    if cu_seqlens is not None:
+        _checks.cu_seqlens_contents(cu_seqlens, rewards.shape[0])
+    if lams is not None:
+        _checks.fractions("lam", lams)
+    if value_lams is not None:
+        _checks.fractions("value_lam", value_lams)
+
+
+def _sequences(like: Tensor, cu_seqlens: Tensor | None) -> int:
+    return like.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _setting(
+    like: Tensor,
+    mask: Tensor | None,
+    terminated: Tensor | None,
+    truncated: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lams: Tensor | None,
+    value_lams: Tensor | None,
+    gamma: float,
+    lam: float,
+    value_lam: float,
+    convention: str,
+    chains: int,
+) -> tuple[Any, ...]:
+    return (
+        rows(mask), rows(terminated), rows(truncated), rows(cu_seqlens), rows(lams),
+        rows(value_lams), *rows_cols(like), _sequences(like, cu_seqlens),
+        int(convention == "carry"), int(convention == "truncate"), gamma, lam, value_lam, chains,
+    )  # fmt: skip
