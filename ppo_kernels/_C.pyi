@@ -6,6 +6,8 @@ from typing import TypeAlias
 View: TypeAlias = tuple[int, ...] | None
 # kind (enum FaultKind) and flat position of the first live position whose data is bad.
 Fault: TypeAlias = tuple[int, int] | None
+# The fields of ScanSetting, in order.
+ScanSetting: TypeAlias = tuple[View | int | float, ...]
 
 version: str
 compiler: str
@@ -50,6 +52,28 @@ def logprob_backward(
     softcap: float,
     logit_scale: float,
     grad_logits: View,
+    threads: int,
+    /,
+) -> Fault: ...
+def scan_forward(
+    rewards: View,
+    values: View,
+    next_values: View,
+    bootstrap: View,
+    setting: ScanSetting,
+    advantages: View,
+    returns: View,
+    threads: int,
+    /,
+) -> Fault: ...
+def scan_backward(
+    grad_advantages: View,
+    grad_returns: View,
+    setting: ScanSetting,
+    grad_rewards: View,
+    grad_values: View,
+    grad_next_values: View,
+    grad_bootstrap: View,
     threads: int,
     /,
 ) -> Fault: ...

@@ -105,7 +105,7 @@ def number(
 
 
 def fractions(name: str, value: Tensor) -> None:
-    """Contents of a tensor of numbers in [0, 1]; kernels test the same and leave the wording to this function."""
+    """Contents of a tensor of numbers in [0, 1]. Kernels test the same; the wording is here."""
     for i, x in enumerate(value.tolist()):
         if not 0 <= x <= 1:
             raise ValueError(f"{name}: expected finite numbers in [0, 1], got {x} at index {i}")

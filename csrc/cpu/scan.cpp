@@ -216,9 +216,8 @@ PPOK_INLINE void for_runs(const ScanSetting& a, const Unit& u, const Run& chunk,
     for (int64_t col = chunk.begin; col < chunk.end; col += kChunk)
       body(Run{chunk.row, col, chunk.end - col < kChunk ? chunk.end : col + kChunk});
   } else if (a.offsets.data) {
-    const Run run{0, sequences[u.first].begin, sequences[u.last - 1].end};
-    if (run.begin < run.end) body(run);
-  } else if (a.cols > 0) {
+    body(Run{0, sequences[u.first].begin, sequences[u.last - 1].end});
+  } else {
     for (int64_t i = u.first; i < u.last; ++i) body(sequences[i]);
   }
 }

@@ -16,20 +16,19 @@ def scan_forward(
     values: Tensor | None,
     next_values: Tensor | None,
     bootstrap: Tensor | None,
-    *args: Any,
+    *setting: Any,
 ) -> tuple[Tensor, Tensor]:
-    *setting, with_advantages = args
     double = any(
         t is not None and t.dtype == torch.float64
         for t in (rewards, values, next_values, bootstrap)
     )
     dtype = torch.float64 if double else torch.float32
     returns = torch.empty(rewards.shape, dtype=dtype)
-    advantages = torch.empty(rewards.shape if with_advantages else 0, dtype=dtype)
+    advantages = torch.empty(0 if values is None else rewards.shape, dtype=dtype)
     fault = _C.scan_forward(
         rows(rewards), rows(values), rows(next_values), rows(bootstrap),
         _setting(rewards, *setting),
-        rows(advantages) if with_advantages else None, rows(returns), torch.get_num_threads(),
+        None if values is None else rows(advantages), rows(returns), torch.get_num_threads(),
     )  # fmt: skip
     if fault is not None:
         check_contents(rewards, *setting[3:6])
@@ -47,10 +46,12 @@ def scan_backward(
         torch.empty(shape if needed else 0, dtype=grad.dtype)
         for needed, shape in zip(needs, (grad.shape,) * 3 + ((sequences,),), strict=True)
     )
+    to_rewards, to_values, to_next_values, to_bootstrap = (
+        rows(t) if needed else None for needed, t in zip(needs, results, strict=True)
+    )
     _C.scan_backward(
         rows(grad_advantages), rows(grad_returns), _setting(grad, *setting),
-        *(rows(t) if needed else None for needed, t in zip(needs, results, strict=True)),
-        torch.get_num_threads(),
+        to_rewards, to_values, to_next_values, to_bootstrap, torch.get_num_threads(),
     )  # fmt: skip
     return results
 

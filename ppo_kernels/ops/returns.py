@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import _checks
-from .gae import check_sequences, scan
+from .scan import Scan, check_sequences
 
 
 def discounted_returns(
@@ -24,14 +24,15 @@ def discounted_returns(
     .. math::
         G_t = r_t + \gamma G_{t+1}
 
-    G_{t+1} is 0 after a terminated step, and `bootstrap` (or 0) after the last step of a sequence. Masks are as in `gae`:
-    "carry" skips masked steps as if they did not exist, with the bootstrap after the last live step; "zero" gives them
-    reward 0 while time passes; "truncate" ends a sequence with its last live step and uses the bootstrap only where that
-    is its last step. Masked returns are 0, and masked rewards and flags are never looked at.
+    G_{t+1} is 0 after a terminated step, and `bootstrap` (or 0) after the last step of a sequence.
+    Masks are as in `gae`: "carry" skips masked steps as if they did not exist, and the bootstrap
+    follows the last live step; "zero" gives them reward 0 while time passes; "truncate" ends a
+    sequence with its last live step, and uses the bootstrap only where that is its last step.
+    Masked returns are 0; masked rewards and flags are never looked at.
 
     Equivalent to, without mask and flags, in float64::
 
-        following = bootstrap if bootstrap is not None else 0
+        following = 0 if bootstrap is None else bootstrap
         for t in reversed(range(T)):
             returns[:, t] = following = rewards[:, t] + gamma * following
 
@@ -42,17 +43,18 @@ def discounted_returns(
         gamma: Discount, in [0, 1]. At 0, nothing later is looked at.
         mask: As rewards, nonzero = use. Needs `mask_convention`.
         mask_convention: "carry", "zero" or "truncate". Given if and only if `mask` is.
-        cu_seqlens: [S+1], int32 or int64: sequence s holds the tokens cu_seqlens[s] to cu_seqlens[s+1]; it may be empty.
+        cu_seqlens: [S+1], int32 or int64: sequence s holds the tokens from cu_seqlens[s] up to
+            cu_seqlens[s+1]; it may be empty.
         terminated: As rewards, nonzero = the episode ended with this step.
         bootstrap: [B] or [S]: the return that follows a sequence's last step.
         backend: See `use_backend`.
 
     Returns:
-        Returns, shaped as rewards, fp32 (fp64 if rewards or bootstrap are).
+        Returns, shaped as rewards; fp32, or fp64 if rewards or bootstrap are.
 
     Raises:
-        TypeError, ValueError: Naming the argument, what was given and what was expected; on CPU that includes the contents
-            of `cu_seqlens`.
+        TypeError, ValueError: Naming the argument, what was given and what was expected; on CPU
+            that includes the contents of `cu_seqlens`.
     """
     check_sequences(rewards, mask, mask_convention, cu_seqlens, terminated, gamma)
     if bootstrap is not None:
@@ -60,7 +62,17 @@ def discounted_returns(
         _checks.tensor("bootstrap", bootstrap, _checks.FLOATS)
         _checks.shape("bootstrap", bootstrap, (sequences,), "one per sequence")
         _checks.device("bootstrap", bootstrap, rewards, "as rewards")
-    return scan(
-        "discounted_returns", backend, rewards, None, None, bootstrap, mask, mask_convention,
-        cu_seqlens, terminated, None, gamma, 1.0, None,
-    ).returns  # fmt: skip
+    return _SCAN(
+        backend,
+        rewards,
+        bootstrap=bootstrap,
+        mask=mask,
+        convention=mask_convention,
+        cu_seqlens=cu_seqlens,
+        terminated=terminated,
+        gamma=gamma,
+        lam=1.0,
+    )[1]
+
+
+_SCAN = Scan("discounted_returns", "returns")
