@@ -28,8 +28,7 @@ constexpr int kWays = 4;
 constexpr int kChains = 2;
 constexpr int64_t kSerialTokens = 16384;  // below, a second thread costs more than it gives
 
-// ---- the mask and the flags
-// -------------------------------------------------------------------------------------
+// ---- the mask and the flags ---------------------------------------------------------------------
 
 template <class E>
 PPOK_INLINE void mark_nonzero(const E* p, int64_t stride, int64_t n, E ignored, uint8_t bit,
@@ -73,18 +72,65 @@ void read_codes(const ScanSetting& a, int64_t row, int64_t col, int64_t n, uint8
   for (int64_t i = 0; i < n; ++i) code[i] = code[i] & kLive ? code[i] | always : 0;
 }
 
+// Masks come in runs: blocks that are live or masked throughout need no test per step.
+constexpr int64_t kBlock = 64;
+
+int64_t count_live(const uint8_t* live, int64_t n) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t size = n - i < kBlock ? n - i : kBlock;
+    uint8_t found = 0;
+    for (int64_t j = 0; j < size; ++j) found += live[i + j] & kLive;
+    count += found;
+  }
+  return count;
+}
+
+// Moves the live elements of n to the front.
+template <class E>
+void compress(E* x, const uint8_t* live, int64_t n) {
+  E* to = x;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t size = n - i < kBlock ? n - i : kBlock, found = count_live(live + i, size);
+    if (found == size) {
+      memmove(to, x + i, size * sizeof(E));
+    } else if (found) {
+      for (int64_t j = i, k = 0; j < i + size; ++j) {
+        const uint8_t keep = live[j] & kLive;
+        to[k] = x[j];
+        k += keep;
+      }
+    }
+    to += found;
+  }
+}
+
+// out[i] = value(k) where i is the k-th live position, 0 where it is masked.
+template <class T, class Value>
+PPOK_INLINE void expand(T* out, const uint8_t* live, int64_t n, Value&& value) {
+  for (int64_t i = 0, step = 0; i < n; i += kBlock) {
+    const int64_t size = n - i < kBlock ? n - i : kBlock, found = count_live(live + i, size);
+    if (found == size) {
+      for (int64_t j = 0; j < size; ++j) out[i + j] = static_cast<T>(value(step + j));
+    } else {
+      memset(out + i, 0, size * sizeof(T));
+      for (int64_t j = 0, k = step; found && j < size; ++j)
+        if (live[i + j] & kLive) out[i + j] = static_cast<T>(value(k++));
+    }
+    step += found;
+  }
+}
+
 // From one end of the run towards the other: the edge behind the `count`-th live step, or the other
 // end.
 template <bool kReverse>
 int64_t walk(const View& mask, const Run& run, int64_t count) {
-  constexpr int64_t kBlock = 256;
-  uint8_t live[kBlock];
+  uint8_t live[4 * kBlock];
   for (int64_t left = run.end - run.begin; left > 0;) {
-    const int64_t n = left < kBlock ? left : kBlock;
+    const int64_t n = left < 4 * kBlock ? left : 4 * kBlock;
     const int64_t col = kReverse ? run.begin + left - n : run.end - left;
     read_live(mask, run.row, col, n, live);
-    int64_t found = 0;
-    for (int64_t i = 0; i < n; ++i) found += live[i];
+    const int64_t found = count_live(live, n);
     for (int64_t j = 0; found >= count; ++j) {
       const int64_t i = kReverse ? n - 1 - j : j;
       count -= live[i];
@@ -96,8 +142,7 @@ int64_t walk(const View& mask, const Run& run, int64_t count) {
   return kReverse ? run.begin : run.end;
 }
 
-// ---- what is scanned in one go
-// ----------------------------------------------------------------------------------
+// ---- what is scanned in one go ------------------------------------------------------------------
 
 // Either the whole sequences [first, last), at most kChunk tokens together, or one chunk of
 // sequence `first`.
@@ -184,8 +229,7 @@ class Walker {
   int64_t neighbour_ = -1;
 };
 
-// ---- the buffers of one chunk
-// -----------------------------------------------------------------------------------
+// ---- the buffers of one chunk -------------------------------------------------------------------
 
 constexpr int64_t kSpare = 16;  // keeps equal positions of two chunks out of each other's cache set
 
@@ -269,18 +313,21 @@ void load(const ScanSetting& a, Slot<T>& s, const View& first, const View& secon
     }
     s.n += n;
     if (compact) {
-      int64_t to = at;
-      int64_t p = pieces && !a.offsets.data ? piece - 1 : 0;
-      for (int64_t i = at; i < at + n; ++i) {
-        for (; pieces && p < piece && s.ends[p] == i; ++p) s.ends[p] = static_cast<int32_t>(to);
-        s.first[to] = s.first[i];
-        s.second[to] = s.second[i];
-        if (third.data) s.third[to] = s.third[i];
-        s.code[to] = s.code[i];
-        to += s.code[i] != 0;
-      }
-      for (; pieces && p < piece; ++p) s.ends[p] = static_cast<int32_t>(to);
-      s.n = to;
+      const uint8_t* live = s.code + at;
+      const int64_t found = count_live(live, n);
+      s.n = at + found;
+      if (pieces && !a.offsets.data) s.ends[piece - 1] = static_cast<int32_t>(s.n);
+      if (found == n) return;
+      if (pieces && a.offsets.data)
+        for (int64_t i = 0, begin = 0, steps = 0; i < piece; ++i) {
+          steps += count_live(live + begin, s.ends[i] - begin);
+          begin = s.ends[i];
+          s.ends[i] = static_cast<int32_t>(steps);
+        }
+      compress(s.first + at, live, n);
+      compress(s.second + at, live, n);
+      if (third.data) compress(s.third + at, live, n);
+      compress(s.code + at, live, n);
     } else if (a.mask.data) {
       for (int64_t i = at; i < at + n; ++i) {
         s.first[i] = s.code[i] ? s.first[i] : T(0);
@@ -291,8 +338,39 @@ void load(const ScanSetting& a, Slot<T>& s, const View& first, const View& secon
   if (!pieces) s.ends[0] = static_cast<int32_t>(s.n);
 }
 
-// ---- the chains
-// -------------------------------------------------------------------------------------------------
+// Writes value(i) for every live step i of the unit to a contiguous output, and 0 elsewhere.
+template <class T, class Value>
+PPOK_INLINE void write(const ScanSetting& a, const Slot<T>& s, const View& view, Value&& value) {
+  if (!view.data) return;
+  const Unit& u = s.unit;
+  T* out = static_cast<T*>(view.data) + output_position(a, u);
+  const int64_t leading = u.run.begin - u.outer.begin, trailing = u.outer.end - u.run.end;
+  memset(out, 0, leading * sizeof(T));
+  out += leading;
+  if (!a.mask.data) {
+    for (int64_t i = 0; i < s.n; ++i) out[i] = static_cast<T>(value(i));
+    out += s.n;
+  } else if (!a.carry) {
+    for (int64_t i = 0; i < s.n; ++i) {
+      const T x = static_cast<T>(value(i));
+      out[i] = s.code[i] & kLive ? x : T(0);
+    }
+    out += s.n;
+  } else {
+    int64_t step = 0;
+    for_runs(a, u, u.run, [&](const Run& run) {
+      uint8_t live[kChunk];
+      const int64_t n = run.end - run.begin;
+      read_live(a.mask, run.row, run.begin, n, live);
+      expand(out, live, n, [&](int64_t i) { return value(step + i); });
+      step += count_live(live, n);
+      out += n;
+    });
+  }
+  memset(out, 0, trailing * sizeof(T));
+}
+
+// ---- the chains ---------------------------------------------------------------------------------
 
 // Fills the coefficients from the codes that cut them: a step's own (kReverse), or those of the
 // step before.
@@ -359,8 +437,7 @@ struct Powers {
   }
 };
 
-// ---- advantages and returns
-// -------------------------------------------------------------------------------------
+// ---- advantages and returns ---------------------------------------------------------------------
 
 template <class T>
 struct Forward {
@@ -416,42 +493,14 @@ struct Forward {
 
   void store_unit(Slot<T>& s) const {
     const ScanSetting& g = a.setting;
-    const Unit& u = s.unit;
     const double *x = s.x[0] + s.offset, *target = s.x[g.chains - 1] + s.offset;
-    const int64_t position = output_position(g, u);
-    T* advantages = a.advantages.data ? static_cast<T*>(a.advantages.data) + position : nullptr;
-    T* returns = a.returns.data ? static_cast<T*>(a.returns.data) + position : nullptr;
-    const auto write = [&](T* out, auto&& value) __attribute__((always_inline)) {
-      if (!out) return;
-      if (!g.mask.data) {
-        for (int64_t i = 0; i < s.n; ++i) out[i] = static_cast<T>(value(i));
-        return;
-      }
-      int64_t step = 0, written = 0;
-      uint8_t live[kChunk];
-      for_runs(g, u, u.outer, [&](const Run& run) {
-        const int64_t n = run.end - run.begin;
-        read_live(g.mask, run.row, run.begin, n, live);
-        if (g.carry) {
-          for (int64_t i = 0; i < n; ++i) {
-            out[written + i] = live[i] ? static_cast<T>(value(step)) : T(0);
-            step += live[i];
-          }
-        } else {
-          for (int64_t i = 0; i < n; ++i)
-            out[written + i] = live[i] ? static_cast<T>(value(written + i)) : T(0);
-        }
-        written += n;
-      });
-    };
     const T* v = s.in_second;
-    write(advantages, [&](int64_t i) { return x[i]; });
-    write(returns, [&](int64_t i) { return target[i] + v[i]; });
+    write(g, s, a.advantages, [&](int64_t i) { return x[i]; });
+    write(g, s, a.returns, [&](int64_t i) { return target[i] + v[i]; });
   }
 };
 
-// ---- the adjoint
-// ------------------------------------------------------------------------------------------------
+// ---- the adjoint --------------------------------------------------------------------------------
 
 // D_t = dL/ddelta_t = g_t + c_{t-1} D_{t-1}; every gradient is one or two terms of D.
 template <class T>
@@ -504,27 +553,9 @@ struct Backward {
           unused ? T(0) : static_cast<T>(last);
     }
 
-    const int64_t position = output_position(g, u),
-                  skipped = u.chunk ? u.run.begin - u.outer.begin : 0;
-    const auto write = [&](const View& view, auto&& value) __attribute__((always_inline)) {
-      if (!view.data) return;
-      T* out = static_cast<T*>(view.data) + position;
-      int64_t step = 0, at = 0;
-      uint8_t live[kChunk];
-      for_runs(g, u, u.outer, [&](const Run& run) {
-        const int64_t n = run.end - run.begin;
-        read_live(g.mask, run.row, run.begin, n, live);
-        for (int64_t i = 0; i < n; ++i) {
-          if (!g.carry) step = at + i - skipped;
-          out[at + i] = live[i] ? static_cast<T>(value(step)) : T(0);
-          step += live[i];
-        }
-        at += n;
-      });
-    };
-    write(a.grad_rewards, [&](int64_t i) { return d[i]; });
-    write(a.grad_values, [&](int64_t i) { return s.in_second[i] - d[i] + through[i]; });
-    write(a.grad_next_values,
+    write(g, s, a.grad_rewards, [&](int64_t i) { return d[i]; });
+    write(g, s, a.grad_values, [&](int64_t i) { return s.in_second[i] - d[i] + through[i]; });
+    write(g, s, a.grad_next_values,
           [&](int64_t i) { return (s.code[i] & kCut) == kTruncated ? g.gamma * d[i] : 0.; });
   }
 
@@ -536,8 +567,7 @@ struct Backward {
   }
 };
 
-// ---- the drive
-// --------------------------------------------------------------------------------------------------
+// ---- the drive ----------------------------------------------------------------------------------
 
 // Scans up to kWays units side by side from zero.
 template <class T, class Op>
