@@ -28,6 +28,8 @@ constexpr int kWays = 4;
 constexpr int kChains = 2;
 constexpr int64_t kSerialTokens = 16384;  // below, a second thread costs more than it gives
 
+Sequences sequences_of(const ScanSetting& a) { return {a.offsets, a.rows, a.cols, a.sequences}; }
+
 // ---- the mask and the flags ---------------------------------------------------------------------
 
 template <class E>
@@ -160,11 +162,7 @@ template <bool kReverse>
 class Walker {
  public:
   Walker(const ScanSetting& a, bool skip_masked, int64_t first, int64_t end)
-      : a_(a),
-        sequences_{a.offsets, a.rows, a.cols, a.sequences},
-        skip_(skip_masked),
-        next_(first),
-        end_(end) {}
+      : a_(a), sequences_(sequences_of(a)), skip_(skip_masked), next_(first), end_(end) {}
 
   bool next(Unit& u) {
     if (left_.begin < left_.end) return take_chunk(u);
@@ -231,7 +229,7 @@ class Walker {
 
 // ---- the buffers of one chunk -------------------------------------------------------------------
 
-constexpr int64_t kSpare = 16;  // keeps equal positions of two chunks out of each other's cache set
+constexpr int64_t kSpare = 16;  // keeps equal positions of two arrays out of one cache set
 
 // x and coefficient hold n steps at `offset`, aligned to the end the scan starts from; the rest is
 // in order from 0.
@@ -255,7 +253,7 @@ double lambda_of(const ScanSetting& a, int chain, int64_t sequence) {
 // Runs body(run) over the tokens of a unit, in order, at most kChunk at a time.
 template <class Body>
 PPOK_INLINE void for_runs(const ScanSetting& a, const Unit& u, const Run& chunk, Body&& body) {
-  const Sequences sequences{a.offsets, a.rows, a.cols, a.sequences};
+  const Sequences sequences = sequences_of(a);
   if (u.chunk) {
     for (int64_t col = chunk.begin; col < chunk.end; col += kChunk)
       body(Run{chunk.row, col, chunk.end - col < kChunk ? chunk.end : col + kChunk});
@@ -270,7 +268,7 @@ PPOK_INLINE void for_runs(const ScanSetting& a, const Unit& u, const Run& chunk,
 // other.
 PPOK_INLINE Run written(const ScanSetting& a, const Unit& u, int64_t piece) {
   if (u.chunk) return u.outer;
-  return Sequences{a.offsets, a.rows, a.cols, a.sequences}[u.first + piece];
+  return sequences_of(a)[u.first + piece];
 }
 
 PPOK_INLINE int64_t output_position(const ScanSetting& a, const Unit& u) {
@@ -307,7 +305,7 @@ void load(const ScanSetting& a, Slot<T>& s, const View& first, const View& secon
 
     if (pieces && !a.offsets.data) s.ends[piece++] = static_cast<int32_t>(at + n);
     if (pieces && a.offsets.data) {
-      const Sequences sequences{a.offsets, a.rows, a.cols, a.sequences};
+      const Sequences sequences = sequences_of(a);
       for (; piece < u.last - u.first; ++piece)
         s.ends[piece] = static_cast<int32_t>(sequences[u.first + piece].end - run.begin);
     }
@@ -442,7 +440,6 @@ struct Powers {
 template <class T>
 struct Forward {
   static constexpr bool kReverse = true;
-  using Args = ScanForward;
   const ScanForward& a;
 
   bool skips_masked() const { return a.setting.carry || a.setting.truncate || !a.bootstrap.data; }
@@ -506,7 +503,6 @@ struct Forward {
 template <class T>
 struct Backward {
   static constexpr bool kReverse = false;
-  using Args = ScanBackward;
   const ScanBackward& a;
 
   bool skips_masked() const { return true; }
@@ -622,12 +618,8 @@ void complete(const ScanSetting& g, Slot<T>& s, Powers<kReverse>* powers) {
     int64_t begin = s.offset, end = s.offset + s.n;
     const double c = g.gamma * lambda_of(g, chain, s.unit.first), carry = s.unit.carry[chain];
     const double* coefficient = s.coefficient[chain];
-    if (s.cut && kReverse)
-      for (int64_t i = end; i > begin; --i)
-        if (coefficient[i - 1] == 0.) begin = i;
-    if (s.cut && !kReverse)
-      for (int64_t i = end; i > begin; --i)
-        if (coefficient[i - 1] == 0.) end = i - 1;
+    for (int64_t i = end; s.cut && i > begin; --i)
+      if (coefficient[i - 1] == 0.) (kReverse ? begin : end) = kReverse ? i : i - 1;
     if (begin >= end) continue;
     const double* power = powers[chain].of(c);
     double* x = s.x[chain];
@@ -742,7 +734,7 @@ void drive(const Op& op) {
   const ScanSetting& g = op.a.setting;
   const int threads = g.rows * g.cols < kSerialTokens ? 1 : static_cast<int>(op.a.threads);
   int64_t busiest = 0;
-  const Sequences sequences{g.offsets, g.rows, g.cols, g.sequences};
+  const Sequences sequences = sequences_of(g);
   for (int t = 0; t < threads && g.sequences; ++t) {
     int64_t tokens = 0;
     const int64_t first = share(g, t, threads), end = share(g, t + 1, threads);
@@ -760,7 +752,7 @@ void drive(const Op& op) {
 }
 
 Fault bad_setting(const ScanSetting& g) {
-  if (!Sequences{g.offsets, g.rows, g.cols, g.sequences}.valid()) return {kBadOffsets, 0};
+  if (!sequences_of(g).valid()) return {kBadOffsets, 0};
   if (!in_unit_interval(g.lams, g.sequences) || !in_unit_interval(g.value_lams, g.sequences))
     return {kBadLambda, 0};
   return {kNoFault, 0};

@@ -33,7 +33,7 @@ PPOK_HD inline double td_error(double reward, double value, double next_value, d
 // One step of x_t = delta_t + c x_{t+1}. A coefficient of 0 cuts: what lies beyond is not looked
 // at, NaN included.
 PPOK_HD inline double scan_step(double coefficient, double accumulated, double delta) {
-  return mul_add(coefficient, coefficient == 0. ? 0. : accumulated, delta);
+  return mul_add(coefficient, coefficient > 0. ? accumulated : 0., delta);
 }
 
 // Powers of a coefficient in (0, 1] stay normal numbers, so that an infinite carry times a power is
