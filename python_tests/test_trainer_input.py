@@ -17,7 +17,7 @@ from ppo_kernels.trainer import Config, InputError, train
 from ppo_kernels.trainer.cli import main, parse_config
 from ppo_kernels.trainer.data import check_prompts, load_prompts, shuffled_batches
 from ppo_kernels.trainer.files import atomic_file, atomic_folder, import_object
-from ppo_kernels.trainer.logs import prepare_output
+from ppo_kernels.trainer.logs import RunLog, prepare_output
 from ppo_kernels.trainer.model import load_policy, load_tokenizer, resolve_device
 from ppo_kernels.trainer.rewards import score
 
@@ -289,6 +289,14 @@ def test_wrong_reward_on_the_command_line(tmp_path, capsys):
 # Files
 
 
+def test_each_step_reaches_the_log_at_once(tmp_path):
+    with RunLog(tmp_path, steps=2) as log:
+        names = ("reward/mean", "kl/per_completion", "policy/clip_fraction")
+        log.write(0, dict.fromkeys(names, 0.5) | {"other": float("nan")})
+        lines = (tmp_path / "log.jsonl").read_text().splitlines()
+        assert json.loads(lines[0]) == {"step": 0, **dict.fromkeys(names, 0.5), "other": None}
+
+
 def test_a_run_is_not_overwritten_unasked(tmp_path):
     config = Config(output_dir=str(tmp_path / "run"))
     folder = prepare_output(config)
@@ -315,16 +323,17 @@ def test_a_refused_run_touches_nothing(tmp_path):
     assert (tmp_path / "run" / "log.jsonl").read_text() == "{}\n"
 
 
-def write_and_be_interrupted(target, name):
+def write(target, name, interrupted=True):
     with target as temporary:
         (temporary / name if temporary.is_dir() else temporary).write_text(name)
-        raise KeyboardInterrupt
+        if interrupted:
+            raise KeyboardInterrupt
 
 
 def test_atomic_file(tmp_path):
     path = tmp_path / "deep" / "file.json"
     with pytest.raises(KeyboardInterrupt):
-        write_and_be_interrupted(atomic_file(path), "half")
+        write(atomic_file(path), "half")
     assert list(path.parent.iterdir()) == []
     for content in ("one", "two"):
         with atomic_file(path) as temporary:
@@ -339,7 +348,7 @@ def test_atomic_folder(tmp_path):
             (temporary / content).write_text(content)
         assert [file.name for file in path.iterdir()] == [content]
     with pytest.raises(KeyboardInterrupt):
-        write_and_be_interrupted(atomic_folder(path), "half")
+        write(atomic_folder(path), "half")
     assert [file.name for file in path.iterdir()] == ["two"]
     assert list(tmp_path.iterdir()) == [path]
 
@@ -357,6 +366,6 @@ def test_atomic_folder_interrupted_between_its_renames(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(path), "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_and_be_interrupted(atomic_folder(path), "new")
+        write(atomic_folder(path), "new", interrupted=False)
     assert [file.name for file in path.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [path]
