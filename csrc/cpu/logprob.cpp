@@ -42,13 +42,15 @@ PPOK_INLINE float highest(int64_t n, Next next) {
 struct FloatChunk {
   const float* u;
   float max;
+  const char* next;  // where the columns after it lie: fetched while this chunk is summed
+  int bytes;         // of one column there
 };
 
 inline FloatChunk chunk_maximum(const float* u, int64_t n) {
   const int64_t full = n / kLanes * kLanes;
   float m = highest(full, [&](int64_t j) __attribute__((always_inline)) { return load(u + j); });
   for (int64_t j = full; j < n; ++j) m = u[j] > m ? u[j] : m;
-  return {u, m};
+  return {u, m, reinterpret_cast<const char*>(u + n), sizeof(float)};
 }
 
 template <bool kBf16>
@@ -63,7 +65,7 @@ inline FloatChunk widened_chunk(const uint16_t* half, int64_t n, float* buffer) 
     buffer[j] = half_bits_to_float(half[j], kBf16);
     m = buffer[j] > m ? buffer[j] : m;
   }
-  return {buffer, m};
+  return {buffer, m, reinterpret_cast<const char*>(half + n), sizeof(uint16_t)};
 }
 
 // The sums of one chunk against its own maximum; entropy needs more of them, nobody else pays.
@@ -86,6 +88,8 @@ PPOK_INLINE RowSums chunk_sums(FloatChunk chunk, int64_t n, double c) {
   };
   int64_t j = 0;
   for (; j + kStep <= n; j += kStep) {
+    for (int line = 0; line < kStep * chunk.bytes; line += 64)
+      __builtin_prefetch(chunk.next + j * chunk.bytes + line);
     for (int k = 0; k < kWays; ++k) add(load(chunk.u + j + k * kLanes), k);
   }
   for (; j + kLanes <= n; j += kLanes) add(load(chunk.u + j), 0);
