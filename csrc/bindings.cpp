@@ -100,4 +100,11 @@ PYBIND11_MODULE(_C, m) {
       m, "scan_forward", &KernelTable::scan_forward);
   def<ScanBackward, View, View, ScanSetting, View, View, View, View, i64>(
       m, "scan_backward", &KernelTable::scan_backward);
+  // Both losses end with the fields of LossFrame.
+  def<ClippedLoss, View, View, View, bool, i64, double, double, double, double, View, View, View,
+      i64, i64, i64, i64, double, double, View, View, View, i64>(m, "clipped_loss",
+                                                                 &KernelTable::clipped_loss);
+  def<ValueLoss, View, View, View, double, double, View, View, View, i64, i64, i64, i64, double,
+      double, View, View, View, i64>(m, "value_loss", &KernelTable::value_loss);
+  def<ScaleGradient, View, View, i64, View, i64>(m, "scale_gradient", &KernelTable::scale_gradient);
 }

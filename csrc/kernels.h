@@ -69,12 +69,57 @@ struct ScanBackward {
   int64_t threads;
 };
 
+// How per-token losses become one number; the weights are exact quotients by global counts.
+enum Aggregation : int64_t {
+  kTokenMean,
+  kTokenSum,
+  kSeqMeanTokenSum,
+  kSeqMeanTokenMean,
+  kSeqSumNorm
+};
+enum PolicyVariant : int64_t { kClip };
+
+// What every loss shares. Sequences are the rows, or the parts of a packed tensor between
+// cu_seqlens [sequences + 1]; 0 sequences: their boundaries are unknown.
+struct LossFrame {
+  View mask, cu_seqlens, denominator;  // denominator, one number, replaces divisor
+  int64_t rows, cols, sequences, aggregation;
+  double divisor, norm_length;  // divisor < 0: counted from the mask
+  View loss, stats,
+      gradient;  // stats as listed in ppo_kernels/metrics.py; gradient [tokens] may be absent
+  int64_t threads;
+};
+
+struct ClippedLoss {
+  View logprobs, old_logprobs, advantages;
+  bool advantage_per_sequence;
+  int64_t variant;
+  double clip_low, clip_high, dual_clip, log_ratio_clamp;  // the last two may be inf: off
+  LossFrame frame;
+};
+
+struct ValueLoss {
+  View values, old_values, returns;  // old_values may be absent when clip is inf
+  double clip, huber_delta;          // inf: off
+  LossFrame frame;
+};
+
+struct ScaleGradient {
+  View gradient, upstream;  // upstream is one number
+  int64_t count;
+  View scaled;
+  int64_t threads;
+};
+
 // The list every table, declaration and binding is generated from.
 #define PPOK_KERNELS(X)                \
   X(logprob_forward, LogprobForward)   \
   X(logprob_backward, LogprobBackward) \
   X(scan_forward, ScanForward)         \
-  X(scan_backward, ScanBackward)
+  X(scan_backward, ScanBackward)       \
+  X(clipped_loss, ClippedLoss)         \
+  X(value_loss, ValueLoss)             \
+  X(scale_gradient, ScaleGradient)
 
 struct KernelTable {
   const char* isa;

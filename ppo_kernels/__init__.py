@@ -8,18 +8,28 @@ except ImportError as _error:
     ) from _error
 
 from ._op import op_counts, reset_op_counts, use_backend
+from .metrics import PolicyMetrics, ValueMetrics, reduce_metrics
+from .ops.clipped_loss import ClippedLoss, clipped_loss
 from .ops.gae import GAE, gae
 from .ops.logprob import LogProbs, logprobs_from_logits
 from .ops.returns import discounted_returns
+from .ops.value_loss import ValueLoss, value_loss
 
 __version__ = "0.1.0"
 __all__ = [
     "GAE",
+    "ClippedLoss",
     "LogProbs",
+    "PolicyMetrics",
+    "ValueLoss",
+    "ValueMetrics",
+    "clipped_loss",
     "discounted_returns",
     "gae",
     "logprobs_from_logits",
     "op_counts",
+    "reduce_metrics",
     "reset_op_counts",
     "use_backend",
+    "value_loss",
 ]

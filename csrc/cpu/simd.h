@@ -33,6 +33,7 @@ typedef float vfloat __attribute__((vector_size(PPOK_VECTOR_BYTES)));
 typedef int32_t vint __attribute__((vector_size(PPOK_VECTOR_BYTES)));
 typedef uint32_t vuint __attribute__((vector_size(PPOK_VECTOR_BYTES)));
 typedef uint16_t vhalf __attribute__((vector_size(PPOK_VECTOR_BYTES / 2)));
+typedef double vdouble __attribute__((vector_size(PPOK_VECTOR_BYTES)));
 typedef float vfloat_mem __attribute__((vector_size(PPOK_VECTOR_BYTES), aligned(4), may_alias));
 typedef uint16_t vhalf_mem
     __attribute__((vector_size(PPOK_VECTOR_BYTES / 2), aligned(2), may_alias));
@@ -40,6 +41,27 @@ typedef uint16_t vhalf_mem
 PPOK_INLINE vfloat splat(float x) { return x - vfloat{}; }
 PPOK_INLINE vfloat load(const float* p) { return *reinterpret_cast<const vfloat_mem*>(p); }
 PPOK_INLINE void store(float* p, vfloat x) { *reinterpret_cast<vfloat_mem*>(p) = x; }
+// Widening; GCC 12 takes __builtin_convertvector to these apart.
+#if defined(PPOK_ISA_AVX512)
+PPOK_INLINE vdouble widen_low(vfloat x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+PPOK_INLINE vdouble widen_high(vfloat x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
+PPOK_INLINE vint load_bytes(const uint8_t* p) {
+  return reinterpret_cast<vint>(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+#elif defined(PPOK_ISA_AVX2)
+PPOK_INLINE vdouble widen_low(vfloat x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
+PPOK_INLINE vdouble widen_high(vfloat x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
+PPOK_INLINE vint load_bytes(const uint8_t* p) {
+  return reinterpret_cast<vint>(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+#else
+PPOK_INLINE vdouble widen_low(vfloat x) { return vdouble{x[0], x[1]}; }
+PPOK_INLINE vdouble widen_high(vfloat x) { return vdouble{x[2], x[3]}; }
+PPOK_INLINE vint load_bytes(const uint8_t* p) { return vint{p[0], p[1], p[2], p[3]}; }
+#endif
+
 PPOK_INLINE vfloat bits_to_float(vint x) { return reinterpret_cast<vfloat>(x); }
 PPOK_INLINE vint float_to_bits(vfloat x) { return reinterpret_cast<vint>(x); }
 PPOK_INLINE vfloat select(vint condition, vfloat a, vfloat b) { return condition ? a : b; }

@@ -137,6 +137,59 @@ inline bool is_live(const View& mask, int64_t row, int64_t col) {
                                        : read_one<double>(mask, row, col) != 0.;
 }
 
+// Tokens [from, from + n) in row-major order; `read` is read_run or read_live_run.
+template <class E, class Read>
+PPOK_INLINE const E* read_flat_with(const View& v, int64_t cols, int64_t from, int64_t n, E* buffer,
+                                    Read&& read) {
+  int64_t row = from / cols, col = from % cols;
+  if (col + n <= cols || v.stride[0] == cols * v.stride[1])
+    return read(address(v, row, col), v.dtype, v.stride[1], n, buffer);
+  for (int64_t done = 0; done < n; ++row, col = 0) {
+    const int64_t length = cols - col < n - done ? cols - col : n - done;
+    const E* run = read(address(v, row, col), v.dtype, v.stride[1], length, buffer + done);
+    if (run != buffer + done) memcpy(buffer + done, run, length * sizeof(E));
+    done += length;
+  }
+  return buffer;
+}
+
+template <class T>
+inline const T* read_flat(const View& v, int64_t cols, int64_t from, int64_t n, T* buffer) {
+  return read_flat_with(v, cols, from, n, buffer, read_run<T>);
+}
+
+template <class E>
+inline void nonzero_run(const void* data, int64_t stride, int64_t n, uint8_t* out, E significant) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = (static_cast<const E*>(data)[i * stride] & significant) != 0;
+}
+
+// n mask elements as bytes, nonzero = live: in place where they already are contiguous bytes.
+inline const uint8_t* read_live_run(const void* data, int32_t dtype, int64_t stride, int64_t n,
+                                    uint8_t* buffer) {
+  const bool is_float = dtype == kF32 || dtype == kF64 || dtype == kBF16 || dtype == kF16;
+  switch (element_size(dtype)) {  // all but the sign of a float's zero
+    case 8:
+      nonzero_run<uint64_t>(data, stride, n, buffer, is_float ? INT64_MAX : UINT64_MAX);
+      return buffer;
+    case 4:
+      nonzero_run<uint32_t>(data, stride, n, buffer, is_float ? INT32_MAX : UINT32_MAX);
+      return buffer;
+    case 2:
+      nonzero_run<uint16_t>(data, stride, n, buffer, is_float ? INT16_MAX : UINT16_MAX);
+      return buffer;
+    default:
+      if (stride == 1) return static_cast<const uint8_t*>(data);
+      nonzero_run<uint8_t>(data, stride, n, buffer, UINT8_MAX);
+      return buffer;
+  }
+}
+
+inline const uint8_t* read_live(const View& mask, int64_t cols, int64_t from, int64_t n,
+                                uint8_t* buffer) {
+  return read_flat_with(mask, cols, from, n, buffer, read_live_run);
+}
+
 // Writes n elements of T from `from` (already in place when it is the destination itself).
 template <class T>
 inline void write_run(void* data, int32_t dtype, int64_t stride, int64_t n, const T* from) {

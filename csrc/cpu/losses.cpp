@@ -1,0 +1,395 @@
+// Policy and value loss: the aggregated loss, the sums behind every metric and the final gradient,
+// in one pass.
+//
+// Tokens are cut in row-major order into blocks of kBlock. Inside a block each lane sums every
+// kLanes-th token of each tile, in double; blocks are merged in order. So the bits depend on the
+// instruction set and the order of the tokens alone, never on threads or strides. A first pass over
+// the mask, one byte a token, counts what the weights need.
+#include "math/losses.h"
+
+#include <stdlib.h>
+
+#include "cpu/sequences.h"
+#include "cpu/sums.h"
+
+namespace ppok {
+namespace PPOK_ISA {
+namespace {
+
+constexpr int64_t kTile = 1024, kBlock = 8 * kTile;
+
+PPOK_INLINE int64_t block_count(int64_t tokens) { return (tokens + kBlock - 1) / kBlock; }
+PPOK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- live tokens --------------------------------------------------------------------------------
+
+struct LiveCounts {
+  int64_t tokens, sequences;  // sequences with at least one live token
+  int64_t* per_sequence;
+
+  explicit LiveCounts(const LossFrame& f, const Sequences& bounds)
+      : tokens(f.rows * f.cols), sequences(0) {
+    per_sequence = static_cast<int64_t*>(calloc(bounds.count + 1, sizeof(int64_t)));
+    if (f.mask.data)
+      count(f, bounds);
+    else
+      for (int64_t s = 0; s < bounds.count; ++s)
+        per_sequence[s] = bounds.start(s + 1) - bounds.start(s);
+    for (int64_t s = 0; s < bounds.count; ++s) sequences += per_sequence[s] != 0;
+  }
+  ~LiveCounts() { free(per_sequence); }
+  LiveCounts(const LiveCounts&) = delete;
+
+ private:
+  void count(const LossFrame& f, const Sequences& bounds) {
+    const int64_t total = tokens, blocks = block_count(total);
+    const int threads = static_cast<int>(f.threads);
+    int64_t live = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) \
+    reduction(+ : live) if (threads > 1 && blocks > 1)
+    for (int64_t block = 0; block < blocks; ++block) {
+      uint8_t buffer[kTile];
+      const int64_t stop = smaller(total, (block + 1) * kBlock);
+      for (int64_t from = block * kBlock; from < stop; from += kTile) {
+        const int64_t to = smaller(stop, from + kTile);
+        const uint8_t* mask = read_live(f.mask, f.cols, from, to - from, buffer);
+        const auto among = [&](int64_t begin, int64_t end) {
+          int32_t n = 0;
+          for (int64_t i = begin - from; i < end - from; ++i) n += mask[i] != 0;
+          return n;
+        };
+        live += among(from, to);
+        bounds.parts(from, to, [&](int64_t s, int64_t begin, int64_t end) {
+          const int64_t n = among(begin, end);
+          if (begin == bounds.start(s) && end == bounds.start(s + 1)) {
+            per_sequence[s] = n;
+          } else {
+#pragma omp atomic
+            per_sequence[s] += n;
+          }
+        });
+      }
+    }
+    tokens = live;
+  }
+};
+
+// ---- the pass over the tokens -------------------------------------------------------------------
+
+// Three inputs per token; the third may come as one value per sequence.
+struct Inputs {
+  View live, constant, target;
+  bool target_per_sequence;
+};
+
+// Loss supplies Kernel<T>, made from a Loss, whose add() takes a vector of tokens and whose store()
+// writes kSums sums and behind them kExtremes maxima; and publish(), which makes the stats of them.
+template <class T, class Loss>
+struct Pass {
+  using L = Lanes<T>;
+  using V = typename L::V;
+  using Mask = typename L::Mask;
+
+  const Loss& loss;
+  const Inputs& in;
+  const LossFrame& f;
+  const Sequences& bounds;
+  const LiveCounts& counts;
+  const double scale;  // weight of a token; kSeqMeanTokenMean divides it by its sequence's count
+
+  struct Total {
+    double weighted;  // of kSeqMeanTokenMean
+    double stats[Loss::kSums + Loss::kExtremes];
+  };
+
+  struct Tile {
+    const T *live, *constant, *target, *weight;
+    const uint8_t* mask;
+    T* gradient;
+  };
+
+  void run(int64_t from, int64_t stop, Total& total) const {
+    alignas(64) T buffers[4][kTile];
+    uint8_t mask_buffer[kTile];
+    typename Loss::template Kernel<T> kernel(loss);
+    Sum<T> weighted;
+    for (; from < stop; from += kTile) {
+      const int64_t n = smaller(kTile, stop - from);
+      Tile tile{};
+      tile.live = read_flat(in.live, f.cols, from, n, buffers[0]);
+      tile.constant =
+          in.constant.data ? read_flat(in.constant, f.cols, from, n, buffers[1]) : nullptr;
+      tile.target = buffers[2];
+      if (in.target_per_sequence)
+        fill(from, n, buffers[2], [&](int64_t s) { return read_one<T>(in.target, 0, s); });
+      else
+        tile.target = read_flat(in.target, f.cols, from, n, buffers[2]);
+      if (f.aggregation == kSeqMeanTokenMean) {
+        tile.weight = buffers[3];
+        fill(from, n, buffers[3], [&](int64_t s) {
+          return static_cast<T>(counts.per_sequence[s] ? scale / counts.per_sequence[s] : 0.);
+        });
+      }
+      if (f.mask.data) tile.mask = read_live(f.mask, f.cols, from, n, mask_buffer);
+      if (f.gradient.data) tile.gradient = static_cast<T*>(f.gradient.data) + from;
+      int64_t i = 0;
+      for (; i + L::kWidth <= n; i += L::kWidth) step(tile, i, kernel, weighted);
+      if (i < n) tail(tile, i, n - i, kernel, weighted);
+    }
+    total.weighted = weighted.total();
+    kernel.store(total.stats);
+  }
+
+  template <class Value>
+  PPOK_INLINE void fill(int64_t from, int64_t n, T* buffer, Value&& value) const {
+    bounds.parts(from, from + n, [&](int64_t s, int64_t begin, int64_t end) {
+      const T x = value(s);
+      for (int64_t i = begin - from; i < end - from; ++i) buffer[i] = x;
+    });
+  }
+
+  template <class Kernel>
+  PPOK_INLINE void step(const Tile& tile, int64_t i, Kernel& kernel, Sum<T>& weighted) const {
+    const V zero{};
+    const Mask live = tile.mask ? L::nonzero(tile.mask + i) : zero == zero;
+    // Selected away, never multiplied away: what lies under the mask may be anything.
+    const V x = live ? L::load(tile.live + i) : zero;
+    const V constant = tile.constant ? (live ? L::load(tile.constant + i) : zero) : zero;
+    const V target = live ? L::load(tile.target + i) : zero;
+    const auto token = kernel.add(x, constant, target, live);
+    const V weight = tile.weight ? L::load(tile.weight + i) : L::splat(scale);
+    if (tile.weight) weighted.add(token.loss * weight);
+    if (tile.gradient) L::store(tile.gradient + i, token.slope * weight);
+  }
+
+  // The last tokens of a tile, fewer than a vector: padded with masked ones.
+  template <class Kernel>
+  void tail(const Tile& tile, int64_t i, int64_t n, Kernel& kernel, Sum<T>& weighted) const {
+    T padded[4][L::kWidth] = {}, gradient[L::kWidth];
+    uint8_t mask[L::kWidth] = {};
+    const auto pad = [&](const T* from, T* to) {
+      return from ? static_cast<const T*>(memcpy(to, from + i, n * sizeof(T))) : nullptr;
+    };
+    if (tile.mask)
+      memcpy(mask, tile.mask + i, n);
+    else
+      memset(mask, 1, n);
+    step(Tile{pad(tile.live, padded[0]), pad(tile.constant, padded[1]), pad(tile.target, padded[2]),
+              pad(tile.weight, padded[3]), mask, tile.gradient ? gradient : nullptr},
+         0, kernel, weighted);
+    if (tile.gradient) memcpy(tile.gradient + i, gradient, n * sizeof(T));
+  }
+
+  static void merge(Total& total, const Total& block) {
+    total.weighted += block.weighted;
+    for (int k = 0; k < Loss::kSums; ++k) total.stats[k] += block.stats[k];
+    for (int k = Loss::kSums; k < Loss::kSums + Loss::kExtremes; ++k)
+      total.stats[k] = max_or_nan(total.stats[k], block.stats[k]);
+  }
+};
+
+double divisor(const LossFrame& f, const LiveCounts& counts) {
+  double d = f.divisor;
+  if (f.denominator.data)
+    d = read_one<double>(f.denominator, 0, 0);
+  else if (d < 0.)
+    d = f.aggregation == kTokenMean  ? counts.tokens
+        : f.aggregation == kTokenSum ? 1
+                                     : counts.sequences;
+  return f.aggregation == kSeqSumNorm ? d * f.norm_length : d;
+}
+
+template <class T, class Loss>
+Fault reduce(const Loss& loss, const Inputs& in, const LossFrame& f) {
+  using P = Pass<T, Loss>;
+  const int64_t tokens = f.rows * f.cols, blocks = tokens ? block_count(tokens) : 1;
+  const Sequences bounds{f.cu_seqlens, f.rows, f.cols,
+                         f.cols || f.cu_seqlens.data ? f.sequences : 0};
+  if (!bounds.valid()) return {kBadOffsets, 0};
+  const LiveCounts counts(f, bounds);
+  const double denominator = divisor(f, counts), scale = denominator == 0. ? 0. : 1. / denominator;
+  const P pass{loss, in, f, bounds, counts, scale};
+
+  typename P::Total total, *parts = &total;
+  if (blocks > 1) parts = static_cast<typename P::Total*>(malloc(blocks * sizeof(total)));
+  const int threads = static_cast<int>(f.threads);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && blocks > 1)
+  for (int64_t block = 0; block < blocks; ++block)
+    pass.run(block * kBlock, smaller(tokens, (block + 1) * kBlock), parts[block]);
+  if (blocks > 1) {
+    total = parts[0];
+    for (int64_t block = 1; block < blocks; ++block) P::merge(total, parts[block]);
+    free(parts);
+  }
+
+  const double aggregate =
+      f.aggregation == kSeqMeanTokenMean ? total.weighted : total.stats[0] * scale;
+  *static_cast<T*>(f.loss.data) = static_cast<T>(denominator == 0. ? 0. : aggregate);
+  double* stats = static_cast<double*>(f.stats.data);
+  stats[0] = counts.tokens;
+  stats[1] = counts.sequences;
+  loss.publish(total.stats, stats + 2);
+  return {kNoFault, 0};
+}
+
+// ---- the losses ---------------------------------------------------------------------------------
+
+struct ClippedRatioOf {
+  template <class V>
+  using Token = ClippedRatio<V>;
+};
+
+// Variant::Token<V>{low, high, dual} maps (ratio, advantage) to a PolicyToken.
+template <class Variant>
+struct PolicyLoss {
+  static constexpr int kSums = 9, kExtremes = 2;
+  double low, high, dual, clamp;
+
+  template <class T>
+  struct Kernel {
+    using L = Lanes<T>;
+    using V = typename L::V;
+    const typename Variant::template Token<V> token_loss;
+    const V clamp;
+    Sum<T> loss, unclipped, k1, k3, ratio, square;
+    Count<T> high, low, dual;
+    Maximum<T> largest, negated_smallest;
+
+    explicit Kernel(const PolicyLoss& p)
+        : token_loss{L::splat(p.low), L::splat(p.high), L::splat(p.dual)},
+          clamp(L::splat(p.clamp)) {}
+
+    PPOK_INLINE PolicyToken<V> add(V logprob, V old, V advantage, typename L::Mask live) {
+      const V zero{}, lowest = L::splat(-INFINITY);
+      V x = logprob - old;
+      const auto outside = (x > clamp) | (x < zero - clamp);
+      x = x > clamp ? clamp : x;
+      x = x < zero - clamp ? zero - clamp : x;
+      const V r = L::exp(x);
+      PolicyToken<V> token = token_loss(r, advantage);
+      token.slope = outside ? zero : token.slope;
+      loss.add(token.loss);
+      unclipped.add(zero - advantage * r);
+      high.add(token.above_high);
+      low.add(token.below_low);
+      dual.add(token.above_dual);
+      k1.add(zero - x);
+      k3.add(PPOK_ISA::k3(x, r));
+      ratio.add(live ? r : zero);
+      square.add_square(live ? r : zero);
+      largest.add(live ? r : lowest);
+      negated_smallest.add(live ? zero - r : lowest);
+      return token;
+    }
+
+    void store(double* out) const {
+      const double all[] = {loss.total(),
+                            unclipped.total(),
+                            high.total(),
+                            low.total(),
+                            dual.total(),
+                            k1.total(),
+                            k3.total(),
+                            ratio.total(),
+                            square.total(),
+                            largest.total(),
+                            negated_smallest.total()};
+      memcpy(out, all, sizeof all);
+    }
+  };
+
+  void publish(const double* total, double* stats) const {
+    memcpy(stats, total, (kSums + kExtremes) * sizeof(double));
+    stats[kSums + 1] = -total[kSums + 1];
+  }
+};
+
+struct SquaredError {
+  static constexpr int kSums = 7, kExtremes = 0;
+  double clip, huber_delta;
+
+  template <class T>
+  struct Kernel {
+    using L = Lanes<T>;
+    using V = typename L::V;
+    const ClippedValue<V> token_loss;
+    Sum<T> loss, values, targets, errors, error_squares, target_squares;
+    Count<T> clipped;
+
+    explicit Kernel(const SquaredError& p)
+        : token_loss{L::splat(p.clip), L::splat(p.huber_delta)} {}
+
+    PPOK_INLINE ValueToken<V> add(V value, V old, V target, typename L::Mask) {
+      const ValueToken<V> token = token_loss(value, old, target);
+      const V error = value - target;
+      loss.add(token.loss);
+      clipped.add(token.clipped);
+      values.add(value);
+      targets.add(target);
+      errors.add(error);
+      error_squares.add_square(error);
+      target_squares.add_square(target);
+      return token;
+    }
+
+    void store(double* out) const {
+      const double all[] = {loss.total(),          clipped.total(), values.total(),
+                            targets.total(),       errors.total(),  error_squares.total(),
+                            target_squares.total()};
+      memcpy(out, all, sizeof all);
+    }
+  };
+
+  void publish(const double* total, double* stats) const {
+    memcpy(stats, total, kSums * sizeof(double));
+  }
+};
+
+template <class Loss>
+Fault reduce(const Loss& loss, const Inputs& in, const LossFrame& f) {
+  return f.loss.dtype == kF64 ? reduce<double>(loss, in, f) : reduce<float>(loss, in, f);
+}
+
+template <class T>
+void scale(const ScaleGradient& a) {
+  const T by = read_one<T>(a.upstream, 0, 0);
+  const int64_t blocks = block_count(a.count);
+  const int threads = static_cast<int>(a.threads);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && blocks > 1)
+  for (int64_t block = 0; block < blocks; ++block) {
+    alignas(64) T buffer[kTile];
+    const int64_t stop = smaller(a.count, (block + 1) * kBlock);
+    for (int64_t from = block * kBlock; from < stop; from += kTile) {
+      const int64_t n = smaller(kTile, stop - from);
+      const T* gradient = static_cast<const T*>(a.gradient.data) + from;
+      T* out = write_target(address(a.scaled, 0, from), a.scaled.dtype, 1, buffer);
+      for (int64_t i = 0; i < n; ++i) out[i] = gradient[i] == 0 ? 0 : gradient[i] * by;
+      write_tile(a.scaled, 0, from, n, out);
+    }
+  }
+}
+
+}  // namespace
+
+Fault clipped_loss(const ClippedLoss& a) {
+  const Inputs in{a.logprobs, a.old_logprobs, a.advantages, a.advantage_per_sequence};
+  const double low = 1. - a.clip_low, high = 1. + a.clip_high;
+  switch (a.variant) {
+    default:  // kClip
+      return reduce(PolicyLoss<ClippedRatioOf>{low, high, a.dual_clip, a.log_ratio_clamp}, in,
+                    a.frame);
+  }
+}
+
+Fault value_loss(const ValueLoss& a) {
+  return reduce(SquaredError{a.clip, a.huber_delta},
+                Inputs{a.values, a.old_values, a.returns, false}, a.frame);
+}
+
+Fault scale_gradient(const ScaleGradient& a) {
+  a.gradient.dtype == kF64 ? scale<double>(a) : scale<float>(a);
+  return {kNoFault, 0};
+}
+
+}  // namespace PPOK_ISA
+}  // namespace ppok

@@ -1,0 +1,123 @@
+// Sums, counts and extremes over lanes, with an association that depends on nothing but the order
+// of the elements.
+//
+// A kernel is written once over Lanes<T>: a vector of floats, or one double for fp64 inputs.
+#pragma once
+#include "cpu/simd.h"
+
+namespace ppok {
+namespace PPOK_ISA {
+
+template <class T>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  using V = vfloat;
+  using Mask = vint;
+  static constexpr int kWidth = kLanes;
+  static PPOK_INLINE V load(const float* p) { return ppok::PPOK_ISA::load(p); }
+  static PPOK_INLINE void store(float* p, V x) { ppok::PPOK_ISA::store(p, x); }
+  static PPOK_INLINE V splat(double x) { return ppok::PPOK_ISA::splat(static_cast<float>(x)); }
+  static PPOK_INLINE V exp(V x) { return vexp(x); }
+  static PPOK_INLINE Mask nonzero(const uint8_t* p) { return load_bytes(p) != 0; }
+};
+
+template <>
+struct Lanes<double> {
+  using V = double;
+  using Mask = bool;
+  static constexpr int kWidth = 1;
+  static PPOK_INLINE V load(const double* p) { return *p; }
+  static PPOK_INLINE void store(double* p, V x) { *p = x; }
+  static PPOK_INLINE V splat(double x) { return x; }
+  static PPOK_INLINE V exp(V x) { return ::exp(x); }
+  static PPOK_INLINE Mask nonzero(const uint8_t* p) { return *p != 0; }
+};
+
+// Accumulates in double, whatever the lanes.
+template <class T>
+struct Sum;
+
+template <>
+struct Sum<float> {
+  vdouble low{}, high{};
+  PPOK_INLINE void add(vfloat x) {
+    low += widen_low(x);
+    high += widen_high(x);
+  }
+  // Exact: the square of a float fits a double, and cannot overflow there.
+  PPOK_INLINE void add_square(vfloat x) {
+    const vdouble a = widen_low(x), b = widen_high(x);
+    low += a * a;
+    high += b * b;
+  }
+  double total() const {
+    const vdouble both = low + high;
+    double lanes[kLanes / 2];
+    memcpy(lanes, &both, sizeof both);
+    for (int step = kLanes / 4; step; step /= 2)
+      for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+    return lanes[0];
+  }
+};
+
+template <>
+struct Sum<double> {
+  double value = 0.;
+  PPOK_INLINE void add(double x) { value += x; }
+  PPOK_INLINE void add_square(double x) { value += x * x; }
+  double total() const { return value; }
+};
+
+// How often a condition held; at most 2^31 - 1 times per lane.
+template <class T>
+struct Count;
+
+template <>
+struct Count<float> {
+  vint lanes{};
+  PPOK_INLINE void add(vint condition) { lanes -= condition; }
+  double total() const {
+    double sum = 0.;
+    for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+    return sum;
+  }
+};
+
+template <>
+struct Count<double> {
+  int64_t value = 0;
+  PPOK_INLINE void add(bool condition) { value += condition; }
+  double total() const { return static_cast<double>(value); }
+};
+
+// The larger of two; a NaN wins over everything, as in torch.amax.
+template <class V>
+PPOK_INLINE V max_or_nan(V a, V b) {
+  return ((b > a) | (b != b)) ? b : a;
+}
+
+template <class T>
+struct Maximum;
+
+template <>
+struct Maximum<float> {
+  vfloat lanes = splat(-INFINITY);
+  PPOK_INLINE void add(vfloat x) { lanes = max_or_nan(lanes, x); }
+  double total() const {
+    float m = lanes[0];
+    for (int i = 1; i < kLanes; ++i) m = max_or_nan(m, static_cast<float>(lanes[i]));
+    return m;
+  }
+};
+
+template <>
+struct Maximum<double> {
+  double value = -INFINITY;
+  PPOK_INLINE void add(double x) { value = max_or_nan(value, x); }
+  double total() const { return value; }
+};
+
+}  // namespace PPOK_ISA
+}  // namespace ppok

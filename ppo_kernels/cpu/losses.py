@@ -1,0 +1,101 @@
+"""clipped_loss, value_loss and scale_gradient on the CPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..metrics import POLICY_STATS, VALUE_STATS
+from . import _C, rows, rows_cols
+
+
+def clipped_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    log_ratio_clamp: float | None,
+    variant: int,
+    *frame: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _run(
+        _C.clipped_loss,
+        (logprobs, old_logprobs, advantages),
+        (advantages.shape != logprobs.shape, variant, clip_low, clip_high,
+         _or_inf(dual_clip), _or_inf(log_ratio_clamp)),
+        len(POLICY_STATS),
+        *frame,
+    )  # fmt: skip
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    clip: float | None,
+    huber_delta: float | None,
+    *frame: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _run(
+        _C.value_loss,
+        (values, old_values, returns),
+        (_or_inf(clip), _or_inf(huber_delta)),
+        len(VALUE_STATS),
+        *frame,
+    )
+
+
+def scale_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    scaled = torch.empty(gradient.shape, dtype=dtype)
+    flat = gradient.contiguous().view(-1)
+    _C.scale_gradient(
+        rows(flat), rows(upstream), flat.shape[0], rows(scaled.view(-1)), torch.get_num_threads()
+    )
+    return scaled
+
+
+def _or_inf(bound: float | None) -> float:
+    return math.inf if bound is None else bound
+
+
+def _run(
+    kernel: Any,
+    tokens: tuple[Tensor, Tensor | None, Tensor],
+    settings: tuple[Any, ...],
+    stats_size: int,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    aggregation: int,
+    denominator: Tensor | None,
+    divisor: float | None,
+    norm_length: float | None,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    live = tokens[0]
+    dtype = torch.float32
+    for t in tokens:
+        if t is not None and t.dtype == torch.float64:
+            dtype = torch.float64
+    loss = torch.empty((), dtype=dtype)
+    stats = torch.empty(stats_size, dtype=torch.float64)
+    gradient = torch.empty(live.shape if needs_gradient else 0, dtype=dtype)
+    sequences = live.shape[0] if live.dim() == 2 else 0
+    if cu_seqlens is not None:
+        sequences = cu_seqlens.shape[0] - 1
+    fault = kernel(
+        *map(rows, tokens), *settings,
+        rows(mask), rows(cu_seqlens), rows(denominator), *rows_cols(live), sequences,
+        aggregation, -1.0 if divisor is None else divisor, norm_length or 1.0,
+        rows(loss), rows(stats), rows(gradient) if needs_gradient else None,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if fault is not None:
+        assert cu_seqlens is not None
+        _checks.cu_seqlens_contents(cu_seqlens, live.shape[0])
+    return loss, stats, gradient
