@@ -398,6 +398,14 @@ def _loss_cases() -> Iterator[Case]:
         yield case(function, "one token", (1,))
         yield case(function, "columns of one", (7, 1), mask=masked)
         yield case(function, "several blocks", (3, 5557), mask=masked)
+        yield case(
+            function,
+            "several packed blocks",
+            (20000,),
+            mask=masked,
+            aggregation="seq-mean-token-mean",
+            cu_seqlens=offsets(1500, 1500, 9000, 9001, 20000),
+        )
         yield case(function, "packed", (1000,), mask=masked, denominator=1234)
         yield case(function, "no rows", (0, 4))
         yield case(function, "no columns", (4, 0), aggregation="seq-mean-token-mean")
