@@ -61,8 +61,8 @@ def clipped_loss(
     ===================  ====================================  ==================================
 
     Give D whenever this call sees a part of a batch (micro-batches, data parallelism): the sum of
-    the parts' losses, and of their gradients, then is that of the whole batch. Sequences must not
-    be split.
+    the parts' losses, and of their gradients, then is that of the whole batch. Parts may cut
+    sequences, but not under seq-mean-token-mean.
 
     Clipping (Schulman et al. 2017, arXiv:1707.06347), dual clip (Ye et al. 2020, arXiv:1912.09729),
     asymmetric bounds (DAPO, Yu et al. 2025, arXiv:2503.14476), seq-sum-norm (Dr. GRPO, Liu et al.
