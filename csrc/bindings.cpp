@@ -107,4 +107,17 @@ PYBIND11_MODULE(_C, m) {
   def<ValueLoss, View, View, View, double, double, View, View, View, i64, i64, i64, i64, double,
       double, View, View, View, i64>(m, "value_loss", &KernelTable::value_loss);
   def<ScaleGradient, View, View, i64, View, i64>(m, "scale_gradient", &KernelTable::scale_gradient);
+  def<MaskedReduce, View, View, i64, i64, i64, bool, bool, View, View, i64>(
+      m, "masked_reduce", &KernelTable::masked_reduce);
+  def<MomentsForward, View, View, i64, i64, View, i64>(m, "moments", &KernelTable::moments);
+  def<WhitenForward, View, View, View, i64, i64, bool, bool, double, View, i64>(
+      m, "whiten", &KernelTable::whiten);
+  def<WhitenBackward, View, View, View, View, i64, i64, bool, bool, double, View, i64>(
+      m, "whiten_backward", &KernelTable::whiten_backward);
+  def<KlForward, View, View, View, i64, i64, i64, double, View, i64>(m, "kl_forward",
+                                                                     &KernelTable::kl_forward);
+  def<KlBackward, View, View, View, View, i64, i64, i64, double, View, i64>(
+      m, "kl_backward", &KernelTable::kl_backward);
+  def<ShapeRewards, View, View, View, View, View, i64, i64, i64, i64, double, double, View, View,
+      View, i64>(m, "shape_rewards", &KernelTable::shape_rewards);
 }

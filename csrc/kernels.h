@@ -111,6 +111,65 @@ struct ScaleGradient {
   int64_t threads;
 };
 
+// x and mask are [outer, reduced, inner]; all: the sum is over [outer, reduced], and inner is 1.
+struct MaskedReduce {
+  View x, mask;
+  int64_t outer, reduced, inner;
+  bool all, mean;
+  View out, count;  // contiguous; count is double
+  int64_t threads;
+};
+
+struct MomentsForward {
+  View x, mask;
+  int64_t rows, cols;
+  View moments;  // three doubles: count, mean, sum of squared deviations
+  int64_t threads;
+};
+
+struct WhitenForward {
+  View x, mask, moments;
+  int64_t rows, cols;
+  bool shift_mean, unbiased;
+  double eps;
+  View out;
+  int64_t threads;
+};
+
+struct WhitenBackward {
+  View grad, x, mask, moments;
+  int64_t rows, cols;
+  bool shift_mean, unbiased;
+  double eps;
+  View grad_x;
+  int64_t threads;
+};
+
+struct KlForward {
+  View logprobs, ref_logprobs, mask;
+  int64_t rows, cols, estimator;
+  double log_ratio_clamp;  // infinity: none
+  View kl;
+  int64_t threads;
+};
+
+struct KlBackward {
+  View grad_kl, logprobs, ref_logprobs, mask;
+  int64_t rows, cols, estimator;
+  double log_ratio_clamp;
+  View grad_logprobs;
+  int64_t threads;
+};
+
+struct ShapeRewards {
+  View scores, logprobs, ref_logprobs, mask,
+      cu_seqlens;  // cu_seqlens absent: each row is a sequence
+  int64_t rows, cols, sequences, estimator;
+  double kl_coef, log_ratio_clamp;
+  View rewards, kl, last;  // last [sequences], int64: flat position of the last live token, or -1
+  int64_t threads;
+};
+
 // The list every table, declaration and binding is generated from.
 #define PPOK_KERNELS(X)                \
   X(logprob_forward, LogprobForward)   \
@@ -119,7 +178,14 @@ struct ScaleGradient {
   X(scan_backward, ScanBackward)       \
   X(clipped_loss, ClippedLoss)         \
   X(value_loss, ValueLoss)             \
-  X(scale_gradient, ScaleGradient)
+  X(scale_gradient, ScaleGradient)     \
+  X(masked_reduce, MaskedReduce)       \
+  X(moments, MomentsForward)           \
+  X(whiten, WhitenForward)             \
+  X(whiten_backward, WhitenBackward)   \
+  X(kl_forward, KlForward)             \
+  X(kl_backward, KlBackward)           \
+  X(shape_rewards, ShapeRewards)
 
 struct KernelTable {
   const char* isa;

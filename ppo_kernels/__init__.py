@@ -11,8 +11,11 @@ from ._op import op_counts, reset_op_counts, use_backend
 from .metrics import PolicyMetrics, ValueMetrics, reduce_metrics
 from .ops.clipped_loss import ClippedLoss, clipped_loss
 from .ops.gae import GAE, gae
+from .ops.kl import kl_penalty
 from .ops.logprob import LogProbs, logprobs_from_logits
+from .ops.moments import masked_mean, masked_sum, whiten
 from .ops.returns import discounted_returns
+from .ops.rewards import ShapedRewards, shape_rewards
 from .ops.value_loss import ValueLoss, value_loss
 
 __version__ = "0.1.0"
@@ -21,15 +24,21 @@ __all__ = [
     "ClippedLoss",
     "LogProbs",
     "PolicyMetrics",
+    "ShapedRewards",
     "ValueLoss",
     "ValueMetrics",
     "clipped_loss",
     "discounted_returns",
     "gae",
+    "kl_penalty",
     "logprobs_from_logits",
+    "masked_mean",
+    "masked_sum",
     "op_counts",
     "reduce_metrics",
     "reset_op_counts",
+    "shape_rewards",
     "use_backend",
     "value_loss",
+    "whiten",
 ]

@@ -18,6 +18,11 @@ INDICES = (torch.int32, torch.int64)
 BAD_TOKEN, BAD_TEMPERATURE, BAD_OFFSETS = 1, 2, 3
 
 
+def compute_dtype(*inputs: Tensor) -> torch.dtype:
+    """Of arithmetic and results: fp32, or fp64 as soon as one input is."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
+
+
 def tensor(name: str, value: Any, dtypes: Sequence[torch.dtype] | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")

@@ -472,4 +472,132 @@ def _loss_scale(function: str, inputs: Inputs, target_name: str) -> dict[int | s
     return {1: torch.tensor([0, 0, *sums], dtype=torch.float64)}
 
 
-CASES: list[Case] = [*_logprob_cases(), *_loss_cases()]
+def _poisoned(g: torch.Generator, *tensors: Tensor) -> Tensor:
+    """A mask; what lies under it is NaN or infinite."""
+    mask = _mask(g, *tensors[0].shape)
+    for t, bad in zip(tensors, (torch.nan, torch.inf, -torch.inf), strict=False):
+        t[~mask] = bad
+    return mask
+
+
+def _moments_cases() -> Iterator[Case]:
+    def case(function: str, label: str, make: Callable[[torch.Generator], Inputs]) -> Case:
+        ops = ("whiten_forward", "whiten_backward") if function == "whiten" else (function,)
+        return Case(function, label, make, ops[:1], ops[1:], ("x",))
+
+    def plain(shape: tuple[int, ...], **more: Any) -> Callable[[torch.Generator], Inputs]:
+        return lambda g: {"x": _normal(g, *shape) + 0.5, **more}
+
+    def masked(shape: tuple[int, ...], **more: Any) -> Callable[[torch.Generator], Inputs]:
+        def make(g: torch.Generator) -> Inputs:
+            x = _normal(g, *shape) + 0.5
+            return {"x": x, "mask": _poisoned(g, x), **more}
+
+        return make
+
+    def live(x: list[float], mask: list[int], **more: Any) -> Callable[[torch.Generator], Inputs]:
+        return lambda g: {
+            "x": torch.tensor(x, dtype=torch.float64),
+            "mask": torch.tensor(mask, dtype=torch.float64),
+            **more,
+        }
+
+    yield case("whiten", "plain", plain((3, 37)))
+    yield case("whiten", "several blocks", masked((5, 1003)))
+    yield case("whiten", "scalar", plain(()))
+    yield case("whiten", "packed", masked((131,)))
+    yield case("whiten", "three dimensions", masked((2, 3, 17)))
+    yield case("whiten", "keeps the mean", masked((3, 37), shift_mean=False))
+    yield case("whiten", "biased", masked((3, 37), unbiased=False, eps=1e-3))
+    yield case("whiten", "mean above spread", lambda g: {"x": _normal(g, 4, 300) + 300.0})
+    yield case("whiten", "constant", lambda g: {"x": _normal(g, 1, 1).expand(3, 37).clone()})
+    yield case("whiten", "one live", live([3.0, 7.0, 1.0], [0, 1, 0], shift_mean=False))
+    yield case("whiten", "fully masked", live([torch.nan, 7.0, 1.0], [0, 0, 0]))
+    yield case("whiten", "not finite", live([1.0, torch.inf, 2.0, 3.0], [1, 1, 0, 1]))
+    yield case("whiten", "empty", plain((0, 5)))
+    for function in ("masked_sum", "masked_mean"):
+        yield case(function, "plain", plain((3, 37)))
+        yield case(function, "several blocks", masked((5, 1003)))
+        yield case(function, "scalar", plain(()))
+        yield case(function, "rows", masked((5, 41), dim=1))
+        yield case(function, "columns", masked((5, 41), dim=0))
+        yield case(function, "few columns", masked((41, 5), dim=-2))
+        yield case(function, "middle of three", masked((4, 7, 19), dim=1))
+        yield case(function, "long rows", masked((2, 5000), dim=-1))
+        yield case(function, "fully masked", live([torch.nan, 7.0], [0, 0]))
+        yield case(function, "not finite", live([torch.inf, 7.0, torch.nan], [1, 1, 0]))
+        yield case(function, "nothing to sum", plain((3, 0), dim=1))
+
+
+def _kl_cases() -> Iterator[Case]:
+    def logprobs(g: torch.Generator, shape: tuple[int, ...], std: float) -> Inputs:
+        policy = -2 * _normal(g, *shape).abs()
+        return {"logprobs": policy, "ref_logprobs": policy + _normal(g, *shape, std=std)}
+
+    def case(
+        label: str, shape: tuple[int, ...], std: float = 1.0, masked: bool = False, **more: Any
+    ) -> Case:
+        def make(g: torch.Generator) -> Inputs:
+            made = logprobs(g, shape, std)
+            if masked:
+                made["mask"] = _poisoned(g, *made.values())
+            return made | more
+
+        backward = () if more.get("gradient") == "none" else ("kl_backward",)
+        return Case(
+            "kl_penalty",
+            label,
+            make,
+            ("kl_forward",),
+            backward,
+            ("logprobs",) if backward else (),
+        )
+
+    def shaped(
+        label: str, shape: tuple[int, ...], offsets: list[int] | None = None, **more: Any
+    ) -> Case:
+        def make(g: torch.Generator) -> Inputs:
+            made = logprobs(g, shape, 0.5)
+            extra = {k: v(g, made) if callable(v) else v for k, v in more.items()}
+            if offsets is not None:
+                extra["cu_seqlens"] = torch.tensor(offsets, dtype=torch.int32)
+            sequences = shape[0] if offsets is None else len(offsets) - 1
+            return {"scores": _normal(g, sequences), **made, "kl_coef": 0.3, **extra}
+
+        return Case(
+            "shape_rewards",
+            label,
+            make,
+            ("shape_rewards",),
+            ("kl_backward",),
+            ("scores", "logprobs"),
+        )
+
+    def poisoned(g: torch.Generator, made: Inputs) -> Tensor:
+        return _poisoned(g, *made.values())
+
+    def nothing(g: torch.Generator, made: Inputs) -> Tensor:
+        return torch.zeros_like(made["logprobs"], dtype=torch.int64)
+
+    for estimator in ("k1", "k2", "k3", "abs"):
+        yield case(estimator, (3, 37), masked=True, estimator=estimator)
+        yield case(f"{estimator} clamped", (131,), 3.0, estimator=estimator, log_ratio_clamp=2.5)
+        yield shaped(estimator, (4, 37), mask=poisoned, estimator=estimator, log_ratio_clamp=1.0)
+    yield case("several blocks", (5, 1003), masked=True, estimator="k3")
+    yield case("near 0", (3, 37), 1e-3, estimator="k3")
+    yield case("far from 0", (3, 37), 30.0, estimator="k3", log_ratio_clamp=80.0)
+    yield case("k3 with the gradient of k2", (3, 37), estimator="k3", gradient="k2")
+    yield case("k1 with the gradient of k3", (3, 37), estimator="k1", gradient="k3")
+    yield case("no gradient", (3, 37), masked=True, gradient="none")
+    yield case("four dimensions", (2, 1, 3, 5), masked=True, estimator="k3")
+    yield case("empty", (0, 5))
+    yield shaped("no mask", (3, 7))
+    yield shaped("several blocks", (3, 2100), mask=poisoned, estimator="k3")
+    yield shaped("packed", (60,), [0, 10, 10, 31, 60, 60], mask=poisoned)
+    yield shaped("packed without mask", (9,), [0, 0, 4, 9])
+    yield shaped("fully masked", (3, 7), mask=nothing)
+    yield shaped("coefficient in a tensor", (3, 7), kl_coef=torch.tensor(0.25).double())
+    yield shaped("no tokens", (3, 0))
+
+
+CASES: list[Case] = [*_logprob_cases(), *_loss_cases(), *_moments_cases(), *_kl_cases()]

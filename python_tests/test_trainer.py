@@ -377,9 +377,10 @@ def test_control_c_on_the_command_line(config, tmp_path):
     prompts.write_text("".join(json.dumps(row) + "\n" for row in tiny.PROMPTS))
     settings = tmp_path / "run.yaml"
     settings.write_text(f"model: {folder}\nprompts: {prompts}\nthreads: 1\nlr: 1e-3\n")
-    command = [sys.executable, "-c", "import sys; from ppo_kernels.trainer.cli import main; main()"]
-    command[2] = command[2].replace("main()", "sys.exit(main())")
+    program = "import sys; from ppo_kernels.trainer.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program]
     command += ["--config", str(settings), "--steps", "100000", "--eval_samples", "0"]
+    command += ["--max_new_tokens", "8"]
     command += ["--reward", f"{tiny.__file__}:reward", "--output_dir", config.output_dir]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "log.jsonl"

@@ -162,6 +162,17 @@ def test_wrong_tokenizers_devices_and_specs():
         import_object("f", "reward")
 
 
+def test_completions_that_outgrow_the_model_are_refused(tmp_path):
+    with pytest.raises(InputError, match="max_new_tokens: given 28, but prompts have up to 5 tok"):
+        train(
+            Config(output_dir=str(tmp_path / "run"), max_new_tokens=28),
+            model=tiny.model(),
+            tokenizer=tiny.tokenizer(),
+            prompts=tiny.PROMPTS,
+            reward=tiny.reward,
+        )
+
+
 # Prompts
 
 

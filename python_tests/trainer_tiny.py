@@ -27,11 +27,11 @@ def tokenizer():
 def model(seed=0, vocab_size=16, dropout=0.1):
     """A random GPT-2 with one layer; dropout as in the original."""
     torch.manual_seed(seed)
-    rates = {name: dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    settings = {name: dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    settings |= {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     config = GPT2Config(
-        vocab_size=vocab_size, n_positions=32, n_embd=32, n_layer=1, n_head=2, **rates
+        vocab_size=vocab_size, n_positions=32, n_embd=32, n_layer=1, n_head=2, **settings
     )
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = 2, 3, 0
     return GPT2LMHeadModel(config)
 
 

@@ -237,6 +237,22 @@ PPOK_INLINE vfloat vsech2(vfloat x) {
   return 4.f * e / ((1.f + e) * (1.f + e));
 }
 
+typedef int64_t vlong __attribute__((vector_size(PPOK_VECTOR_BYTES)));
+
+// As many bytes as a vector has doubles.
+PPOK_INLINE vlong load_bytes_wide(const uint8_t* p) {
+#if defined(PPOK_ISA_AVX512)
+  return reinterpret_cast<vlong>(
+      _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif defined(PPOK_ISA_AVX2)
+  int32_t four;
+  memcpy(&four, p, sizeof four);
+  return reinterpret_cast<vlong>(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four)));
+#else
+  return vlong{p[0], p[1]};
+#endif
+}
+
 // ---- horizontal reductions, in one fixed order ------------------------------------------------
 
 PPOK_INLINE double sum_lanes(vfloat x) {

@@ -7,6 +7,8 @@ offsets) is checked by the kernel and raised here.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,11 @@ def rows(t: Tensor | None, inner: int = 0) -> tuple[int, ...] | None:
     return (t.data_ptr(), DTYPE_CODES[t.dtype], *strides)
 
 
+def pointer(t: Tensor) -> tuple[int, ...]:
+    """A contiguous tensor, for a kernel that addresses it by flat position."""
+    return (t.data_ptr(), DTYPE_CODES[t.dtype])
+
+
 def two_leading(t: Tensor, inner: int = 0) -> Tensor:
     """More than two leading dimensions become two: a view if the strides allow it, else a copy."""
     return t.flatten(0, -2 - inner) if t.dim() > 2 + inner else t
@@ -63,6 +70,11 @@ def empty_large(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if size >= 8 << 20:
         _C.advise_huge_pages(t.data_ptr(), size)
     return t
+
+
+def two_leading_each(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The same for several; the caller holds on to the copies while a kernel runs on them."""
+    return tuple(t if t is None or t.dim() <= 2 else t.flatten(0, -2) for t in tensors)
 
 
 def rows_cols(t: Tensor) -> tuple[int, int]:

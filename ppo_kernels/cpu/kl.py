@@ -1,0 +1,74 @@
+"""kl_forward, kl_backward and shape_rewards on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from . import _C, pointer, rows, rows_cols, two_leading_each
+
+# The order of enum Estimator in csrc/math/kl.h.
+ESTIMATORS = ("k1", "k2", "k3", "abs")
+
+
+def kl_forward(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor | None,
+    estimator: str,
+    gradient: str,
+    clamp: float,
+) -> Tensor:
+    kl = torch.empty(logprobs.shape, dtype=_checks.compute_dtype(logprobs, ref_logprobs))
+    logprobs, ref_logprobs, mask = two_leading_each(logprobs, ref_logprobs, mask)
+    _C.kl_forward(
+        rows(logprobs), rows(ref_logprobs), rows(mask), *rows_cols(logprobs),
+        ESTIMATORS.index(estimator), clamp, pointer(kl), torch.get_num_threads(),
+    )  # fmt: skip
+    return kl
+
+
+def kl_backward(
+    grad_kl: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor | None,
+    gradient: str,
+    clamp: float,
+) -> Tensor:
+    grad = torch.empty(logprobs.shape, dtype=logprobs.dtype)
+    grad_kl, logprobs, ref_logprobs, mask = two_leading_each(grad_kl, logprobs, ref_logprobs, mask)
+    _C.kl_backward(
+        rows(grad_kl), rows(logprobs), rows(ref_logprobs), rows(mask), *rows_cols(logprobs),
+        ESTIMATORS.index(gradient), clamp, pointer(grad), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad
+
+
+def shape_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kl_coefs: Tensor | None,
+    kl_coef: float,
+    estimator: str,
+    clamp: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if kl_coefs is not None:
+        kl_coef = kl_coefs.item()
+        _checks.number("kl_coef", kl_coef, low=0)
+    dtype = _checks.compute_dtype(scores, logprobs, ref_logprobs)
+    rewards, kl = (torch.empty(logprobs.shape, dtype=dtype) for _ in range(2))
+    last = torch.empty(scores.shape, dtype=torch.int64)
+    fault = _C.shape_rewards(
+        rows(scores), rows(logprobs), rows(ref_logprobs), rows(mask), rows(cu_seqlens),
+        *rows_cols(logprobs), scores.shape[0], ESTIMATORS.index(estimator), kl_coef, clamp,
+        pointer(rewards), pointer(kl), pointer(last), torch.get_num_threads(),
+    )  # fmt: skip
+    if fault is not None:
+        assert cu_seqlens is not None
+        _checks.cu_seqlens_contents(cu_seqlens, logprobs.shape[0])
+    return rewards, kl, last
