@@ -395,7 +395,7 @@ def test_packing_equals_padding_bit_for_bit(name, convention):
     """Right padding, with gaps inside the sequences and without."""
     lengths = LENGTHS if name != "torch" else [5, 1, 70, 0, 40]
     sequences = batch(1, lengths, flag_rate=0.001)
-    settings = {"gamma": 0.99, "lam": 0.95, "value_lam": 0.7}
+    numbers = {"gamma": 0.99, "lam": 0.95, "value_lam": 0.7}
     flags = ("terminated", "truncated", "next_values")
     for keys, masked in (
         (("rewards", "values", *flags), {}),
@@ -403,8 +403,8 @@ def test_packing_equals_padding_bit_for_bit(name, convention):
     ):
         content = hide(sequences) if masked else sequences
         with executor(name):
-            one = pk.gae(**packed(content, keys), **settings, **masked)
-            other = pk.gae(**padded(content, keys), **settings, mask_convention=convention)
+            one = pk.gae(**packed(content, keys), **numbers, **masked)
+            other = pk.gae(**padded(content, keys), **numbers, mask_convention=convention)
         for a, b in zip(one, other, strict=True):
             for x, y in zip(rows_of(a, sequences), rows_of(b, sequences), strict=True):
                 assert torch.equal(x, y)
@@ -416,10 +416,10 @@ def test_carry_equals_removal_bit_for_bit(name):
     sequences = hide(batch(2, lengths, flag_rate=0.01))
     keys = ("rewards", "values", "terminated", "truncated", "next_values", "mask")
     removed = [s | {k: s[k][s["mask"]] for k in keys} for s in sequences]
-    settings = {"gamma": 0.99, "lam": 0.95, "value_lam": 1.0}
+    numbers = {"gamma": 0.99, "lam": 0.95, "value_lam": 1.0}
     with executor(name):
-        with_gaps = pk.gae(**packed(sequences, keys), **settings, mask_convention="carry")
-        without = pk.gae(**packed(removed, keys[:-1]), **settings)
+        with_gaps = pk.gae(**packed(sequences, keys), **numbers, mask_convention="carry")
+        without = pk.gae(**packed(removed, keys[:-1]), **numbers)
     mask = torch.cat([s["mask"] for s in sequences])
     for a, b in zip(with_gaps, without, strict=True):
         assert torch.equal(a[mask], b)
@@ -494,6 +494,24 @@ def test_infinity_crosses_chunks_however_small_the_discount(name):
         assert pk.discounted_returns(r, gamma=0.3).isinf().all()
         r[0, -1] = NAN
         assert pk.discounted_returns(r, gamma=0.3).isnan().all()
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_cut_stops_nan_between_chunks(name, threads):
+    r = torch.zeros(1, 40 * CHUNK)
+    ends = torch.zeros(1, 40 * CHUNK)
+    r[0, -5], ends[0, 20 * CHUNK + 7] = NAN, 1
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with executor(name):
+            got = pk.discounted_returns(r, gamma=0.99, terminated=ends)[0].isnan()
+    finally:
+        torch.set_num_threads(before)
+    assert not got[: 20 * CHUNK + 8].any()
+    assert got[20 * CHUNK + 8 : -4].all()
+    assert not got[-4:].any()
 
 
 @pytest.mark.parametrize("name", EXECUTORS)
@@ -641,6 +659,47 @@ def test_gradients_of_long_sequences_equal_the_transposed_scan(name, convention)
     assert left.item() == pytest.approx(right.item(), rel=1e-10)
     hidden = kwargs["next_values"].isnan()
     assert not grads[2][hidden].any()
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_cuts_and_ends_at_the_edges_of_chunks(name, convention):
+    """Flags and last live steps just before, at and after where a chunk begins, from both ends."""
+    n = 3 * CHUNK + 5
+    edges = [CHUNK - 1, CHUNK, 2 * CHUNK - 1, n - CHUNK - 1, n - CHUNK, n - CHUNK + 1, n - 1]
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    r, v = normal(len(edges), n), normal(len(edges), n + 1)
+    flags = torch.zeros(len(edges), n)
+    flags[range(len(edges)), edges] = 1
+    masked = {}
+    if convention:  # row i lives up to its edge; its flag is on its last step, or two rows on
+        mask = torch.arange(n) <= torch.tensor(edges)[:, None]
+        masked = {"mask": mask, "mask_convention": convention}
+    for kind in ({"terminated": flags}, {"terminated": flags.roll(-2, 0)}):
+        leaves = [x.clone().requires_grad_() for x in (r, v)]
+        with executor(name):
+            got = pk.gae(*leaves, gamma=0.999, lam=0.99, **kind, **masked)
+            upstream = [normal(len(edges), n) for _ in got]
+            grads = torch.autograd.grad(got, leaves, upstream)
+        for i in range(len(edges)):
+            expected = oracle(
+                r[i].tolist(),
+                v[i].tolist(),
+                0.999,
+                0.99,
+                bootstrap=v[i, -1].item(),
+                mask=mask[i].tolist() if convention else None,
+                convention=convention,
+                terminated=kind["terminated"][i].tolist(),
+            )
+            close(got.advantages[i], expected, torch.float64)
+        left = sum((u * x.detach()).sum(1) for u, x in zip(upstream, got, strict=True))
+        right = sum((d * x).sum(1) for d, x in zip(grads, (r, v), strict=True))
+        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", COMPILED)
