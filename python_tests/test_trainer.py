@@ -384,7 +384,7 @@ def test_control_c_on_the_command_line(config, tmp_path):
     command += ["--reward", f"{tiny.__file__}:reward", "--output_dir", config.output_dir]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "log.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (log.exists() and log.read_bytes().count(b"\n") >= 2):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline

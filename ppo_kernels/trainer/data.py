@@ -34,8 +34,8 @@ def load_prompts(path: str, key: str = "prompts") -> list[Row]:
 
 def check_prompts(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, longest: int, key: str = "prompts"
-) -> None:
-    """Raise for an empty list, unequal columns, and prompts that are no text or too long."""
+) -> int:
+    """Return the longest prompt's tokens; refuse empty lists, unequal columns, unfit prompts."""
     if not rows:
         raise InputError(f"{key}: given no prompt, expected at least one")
     columns = set(rows[0])
@@ -54,6 +54,7 @@ def check_prompts(
                 f"{key}: row {number} has {length} tokens, "
                 f"expected 1 to max_prompt_tokens={longest}"
             )
+    return max(lengths)
 
 
 def shuffled_batches(rows: Sequence[Row], size: int, seed: int) -> Iterator[list[Row]]:

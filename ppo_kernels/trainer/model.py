@@ -52,6 +52,16 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return import_object(source, "tokenizer")()
 
 
+def check_positions(policy: PreTrainedModel, longest_prompt: int, max_new_tokens: int) -> None:
+    """Refuse completions that would outgrow the model's position embeddings."""
+    limit = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest_prompt + max_new_tokens > limit:
+        raise InputError(
+            f"max_new_tokens: given {max_new_tokens}, but prompts have up to {longest_prompt} "
+            f"tokens and the model {limit} positions"
+        )
+
+
 def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
     """Return the reference: the policy as it is now, without gradients."""
     return cast(PreTrainedModel, copy.deepcopy(policy).eval().requires_grad_(False))

@@ -20,6 +20,7 @@ from ppo_kernels.trainer.files import import_object
 from ppo_kernels.trainer.logs import RunLog, prepare_output
 from ppo_kernels.trainer.model import (
     ActorCritic,
+    check_positions,
     frozen_copy,
     load_policy,
     load_tokenizer,
@@ -80,16 +81,17 @@ def train(
     tokenizer = tokenizer or load_tokenizer(config)
     if prompts is None:
         prompts = load_prompts(str(config.prompts))
-    check_prompts(prompts, tokenizer, config.max_prompt_tokens)
+    longest = check_prompts(prompts, tokenizer, config.max_prompt_tokens)
     if eval_prompts is None:
         eval_prompts = prompts
         if config.eval_prompts is not None:
             eval_prompts = load_prompts(config.eval_prompts, "eval_prompts")
-    check_prompts(eval_prompts, tokenizer, config.max_prompt_tokens, "eval_prompts")
+    longest_eval = check_prompts(eval_prompts, tokenizer, config.max_prompt_tokens, "eval_prompts")
     reward = reward or import_object(str(config.reward), "reward")
 
     policy = model or load_policy(config)
     policy.to(device=device, dtype=getattr(torch, config.dtype))  # type: ignore[call-arg]
+    check_positions(policy, max(longest, longest_eval), config.max_new_tokens)
     sampler = Sampler(policy, tokenizer, config)
     reference = frozen_copy(policy)
     actor = ActorCritic(policy, sampler.forbidden, config.separate_value_model)
@@ -216,7 +218,7 @@ def accumulate_gradients(actor: ActorCritic, minibatch: Experience, config: Conf
             dual_clip=config.dual_clip,
             aggregation=config.aggregation,
             denominator=tokens if config.aggregation.startswith("token") else total,
-            norm_length=config.max_new_tokens,
+            norm_length=config.max_new_tokens if config.aggregation == "seq-sum-norm" else None,
         )
         value = pk.value_loss(
             values,
