@@ -1,4 +1,4 @@
-"""The compiled module: csrc/bindings.cpp. Arguments are the fields of the structs in csrc/kernels.h."""
+"""The compiled module (csrc/bindings.cpp); arguments are the fields in csrc/kernels.h."""
 
 from typing import TypeAlias
 
@@ -125,6 +125,7 @@ def value_loss(
 ) -> Fault: ...
 def scale_gradient(
     gradient: View, upstream: View, count: int, scaled: View, threads: int, /
+) -> Fault: ...
 def masked_reduce(
     x: View,
     mask: View,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,34 @@ class LogProbs(NamedTuple):
     entropy: Tensor
 
 
+@overload
+def logprobs_from_logits(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    ignore_index: int = ...,
+    mask: Tensor | None = ...,
+    entropy: Literal[False] = ...,
+    inplace_backward: bool = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def logprobs_from_logits(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    ignore_index: int = ...,
+    mask: Tensor | None = ...,
+    entropy: Literal[True],
+    inplace_backward: bool = ...,
+    backend: str | None = ...,
+) -> LogProbs: ...
 def logprobs_from_logits(
     logits: Tensor,
     tokens: Tensor,
