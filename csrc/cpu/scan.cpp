@@ -370,30 +370,30 @@ PPOK_INLINE void write(const ScanSetting& a, const Slot<T>& s, const View& view,
 
 // ---- the chains ---------------------------------------------------------------------------------
 
-// Fills the coefficients from the codes that cut them: a step's own (kReverse), or those of the
-// step before.
+// Fills the coefficients, if some are 0: at the ends of sequences, and where a code cuts them - a
+// step's own (kReverse), or that of the step before.
 template <bool kReverse, class T>
 void set_coefficients(const ScanSetting& a, Slot<T>& s, const uint8_t* cutting) {
   s.offset = kReverse ? kChunk - s.n : 0;
-  s.cut = false;
   const int64_t pieces = s.unit.last - s.unit.first;
+  s.cut = pieces > 1;
   for (int chain = 0; chain < a.chains; ++chain)
     s.cut |= a.gamma * lambda_of(a, chain, s.unit.first) == 0.;
-  s.cut |= pieces > 1;
-  if (s.coded) {
-    uint8_t any = 0;
-    for (int64_t i = 0; i < s.n; ++i) any |= cutting[i];
-    s.cut |= (any & kCut) != 0;
-  }
+  uint8_t any = 0;
+  for (int64_t i = 0; s.coded && i < s.n; ++i) any |= cutting[i];
+  any &= kCut;
+  s.cut |= any != 0;
   if (!s.cut) return;
   for (int chain = 0; chain < a.chains; ++chain) {
     double* coefficient = s.coefficient[chain] + s.offset;
-    for (int64_t piece = 0, i = 0; piece < pieces; ++piece) {
+    for (int64_t piece = 0, begin = 0; piece < pieces; begin = s.ends[piece++]) {
       const double c = a.gamma * lambda_of(a, chain, s.unit.first + piece);
-      if (s.coded)
-        for (; i < s.ends[piece]; ++i) coefficient[i] = cutting[i] & kCut ? 0. : c;
+      const int64_t end = s.ends[piece];
+      if (any)
+        for (int64_t i = begin; i < end; ++i) coefficient[i] = cutting[i] & kCut ? 0. : c;
       else
-        for (; i < s.ends[piece]; ++i) coefficient[i] = c;
+        for (int64_t i = begin; i < end; ++i) coefficient[i] = c;
+      if (begin < end && pieces > 1) coefficient[kReverse ? end - 1 : begin] = 0.;
     }
   }
 }
@@ -460,30 +460,21 @@ struct Forward {
   void load_unit(Slot<T>& s) const {
     const ScanSetting& g = a.setting;
     const int64_t pieces = s.unit.last - s.unit.first;
-    const bool coded =
-        g.mask.data || g.terminated.data || g.truncated.data || g.gamma == 0. || pieces > 1;
+    const bool coded = g.mask.data || g.terminated.data || g.truncated.data || g.gamma == 0.;
     load(g, s, a.rewards, a.values, a.next_values, coded);
     double* delta = s.x[0] + kChunk - s.n;
     const T *r = s.in_first, *v = s.in_second;
-    if (!coded) {
-      for (int64_t i = 0; i + 1 < s.n; ++i) delta[i] = td_error(r[i], v[i], v[i + 1], g.gamma);
-      if (s.n) delta[s.n - 1] = td_error(r[s.n - 1], v[s.n - 1], value_after(s.unit, 0), g.gamma);
-    } else {
-      double next[kChunk];
-      for (int64_t i = 0; i + 1 < s.n; ++i) next[i] = v[i + 1];
-      for (int64_t piece = 0, begin = 0; piece < pieces; begin = s.ends[piece++]) {
-        const int64_t end = s.ends[piece];
-        if (begin == end) continue;
-        next[end - 1] = value_after(s.unit, piece);
-        if (pieces > 1) s.code[end - 1] |= kLast;
-      }
-      for (int64_t i = 0; i < s.n; ++i) {
-        double following = next[i];
-        if (a.next_values.data) following = s.code[i] & kTruncated ? s.third[i] : following;
-        following = s.code[i] & kTerminated ? 0. : following;
-        delta[i] = td_error(r[i], v[i], following, g.gamma);
-      }
+    T after[kChunk];  // the value of what follows each step
+    for (int64_t i = 0; i + 1 < s.n; ++i) after[i] = v[i + 1];
+    for (int64_t piece = 0, begin = 0; piece < pieces; begin = s.ends[piece++]) {
+      const int64_t end = s.ends[piece];
+      if (begin < end) after[end - 1] = static_cast<T>(value_after(s.unit, piece));
     }
+    if (a.next_values.data)
+      for (int64_t i = 0; i < s.n; ++i) after[i] = s.code[i] & kTruncated ? s.third[i] : after[i];
+    if (coded)
+      for (int64_t i = 0; i < s.n; ++i) after[i] = s.code[i] & kTerminated ? T(0) : after[i];
+    for (int64_t i = 0; i < s.n; ++i) delta[i] = td_error(r[i], v[i], after[i], g.gamma);
     set_coefficients<kReverse>(g, s, s.code);
     if (g.chains == 2) memcpy(s.x[1] + kChunk - s.n, delta, s.n * sizeof(double));
   }
@@ -517,8 +508,6 @@ struct Backward {
     uint8_t before[kChunk];
     for (int64_t i = 1; i < s.n; ++i) before[i] = s.code[i - 1];
     if (s.n) before[0] = s.unit.neighbour < 0 ? 0 : code_before(s.unit);
-    for (int64_t piece = 1; piece < pieces; ++piece)
-      if (s.ends[piece - 1] < s.ends[piece]) before[s.ends[piece - 1]] |= kLast;
     set_coefficients<kReverse>(g, s, before);
   }
 

@@ -13,9 +13,8 @@ namespace ppok {
 namespace PPOK_ISA {
 
 // What a step says about itself; a masked step says nothing (0).
-enum StepCode : uint8_t { kLive = 1, kTerminated = 2, kTruncated = 4, kLast = 8 };
-constexpr uint8_t kCut =
-    kTerminated | kTruncated | kLast;  // nothing accumulated later reaches this step
+enum StepCode : uint8_t { kLive = 1, kTerminated = 2, kTruncated = 4 };
+constexpr uint8_t kCut = kTerminated | kTruncated;  // nothing accumulated later reaches this step
 
 PPOK_HD inline double mul_add(double a, double b, double c) {
 #if defined(__FP_FAST_FMA) || defined(__CUDA_ARCH__)
