@@ -11,6 +11,7 @@
 
 #include "cpu/sequences.h"
 #include "cpu/sums.h"
+#include "math/kl.h"
 
 namespace ppok {
 namespace PPOK_ISA {
@@ -274,7 +275,7 @@ struct PolicyLoss {
       low.add(token.below_low);
       dual.add(token.above_dual);
       k1.add(zero - x);
-      k3.add(PPOK_ISA::k3(x, r));
+      k3.add(exp_minus<T>(x, r).one_and_t);
       ratio.add(live ? r : zero);
       square.add_square(live ? r : zero);
       largest.add(live ? r : lowest);

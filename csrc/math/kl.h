@@ -9,31 +9,26 @@
 namespace ppok {
 namespace PPOK_ISA {
 
-enum Estimator : int64_t {
-  kK1,
-  kK2,
-  kK3,
-  kAbs
-};  // the order of ESTIMATORS in ppo_kernels/ops/kl.py
+// The order of ESTIMATORS in ppo_kernels/cpu/kl.py.
+enum Estimator : int64_t { kK1, kK2, kK3, kAbs };
 
 template <class S, class V>
 PPOK_HD inline V clamp_ratio(V d, S limit) {
   return d < -limit ? V{} - limit : d > limit ? V{} + limit : d;
 }
 
-// e^t - 1 and e^t - 1 - t, to relative accuracy: below 1 by their series, above it nothing cancels
-// badly.
+// e^t - 1 and e^t - 1 - t, made from t and e^t to relative accuracy.
 template <class V>
 struct ExpMinus {
   V one, one_and_t;
 };
 
-template <class S, class V, class Exp>
-PPOK_HD inline ExpMinus<V> exp_minus(V t, Exp exp_of) {
+template <class S, class V>
+PPOK_HD inline ExpMinus<V> exp_minus(V t, V exp_t) {
   constexpr int kDegree = sizeof(S) == 4 ? 11 : 18;
   V series = V{} + S(1);
   for (int n = kDegree; n > 2; --n) series = series * (t * S(1. / n)) + S(1);
-  const V square = t * t * S(0.5) * series, above = exp_of(t) - S(1);
+  const V square = t * t * S(0.5) * series, above = exp_t - S(1);
   const auto small = (t < S(1)) & (t > S(-1));
   return {small ? t + square : above, small ? square : above - t};
 }
@@ -42,7 +37,7 @@ template <Estimator kEstimator, class S, class V, class Exp>
 PPOK_HD inline V kl_value(V d, Exp exp_of) {
   if (kEstimator == kK1) return d;
   if (kEstimator == kK2) return d * d * S(0.5);
-  if (kEstimator == kK3) return exp_minus<S>(-d, exp_of).one_and_t;
+  if (kEstimator == kK3) return exp_minus<S>(-d, exp_of(-d)).one_and_t;
   return d < S(0) ? -d : d;
 }
 
@@ -50,7 +45,7 @@ template <Estimator kEstimator, class S, class V, class Exp>
 PPOK_HD inline V kl_slope(V d, Exp exp_of) {
   if (kEstimator == kK1) return V{} + S(1);
   if (kEstimator == kK2) return d;
-  if (kEstimator == kK3) return -exp_minus<S>(-d, exp_of).one;
+  if (kEstimator == kK3) return -exp_minus<S>(-d, exp_of(-d)).one;
   return d < S(0) ? V{} - S(1) : d > S(0) ? V{} + S(1) : V{};
 }
 

@@ -43,21 +43,6 @@ struct ClippedRatio {
   }
 };
 
-// e^x - 1 - x from x and e^x: a series where the difference would cancel.
-template <class V>
-PPOK_HD V k3(V x, V exp_x) {
-  V series = x * (2.f / 362880.f) + 2.f / 40320.f;
-  series = series * x + 2.f / 5040.f;
-  series = series * x + 2.f / 720.f;
-  series = series * x + 2.f / 120.f;
-  series = series * x + 2.f / 24.f;
-  series = series * x + 2.f / 6.f;
-  series = (series * x + 1.f) * (x * x * 0.5f);
-  return ((x < V{} + 0.5f) & (x > V{} - 0.5f)) ? series : exp_x - 1.f - x;
-}
-
-PPOK_HD inline double k3(double x, double) { return expm1(x) - x; }
-
 // ---- value --------------------------------------------------------------------------------------
 
 template <class V>
