@@ -14,6 +14,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int32, torch.int64)
+MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, *INDICES, *FLOATS)
 # Fault kinds of csrc/kernels.h.
 BAD_TOKEN, BAD_TEMPERATURE, BAD_OFFSETS = 1, 2, 3
 
@@ -48,7 +49,7 @@ def device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
 def mask(value: Tensor | None, like: Tensor, like_name: str) -> None:
     if value is None:
         return
-    tensor("mask", value)
+    tensor("mask", value, MASKS)
     shape("mask", value, like.shape, f"as {like_name}")
     device("mask", value, like, like_name)
 

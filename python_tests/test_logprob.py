@@ -1,10 +1,13 @@
 """logprobs_from_logits beyond the cube: extreme rows, bits, in-place gradient, graphs, errors."""
 
+import itertools
 import math
 import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.library import opcheck
 
 import ppo_kernels as pk
@@ -154,6 +157,64 @@ def test_shifted_logits_are_not_copied(monkeypatch):
     monkeypatch.setattr(pk.cpu._C, "logprob_forward", spy)
     pk.logprobs_from_logits(logits[:, :-1], torch.zeros(2, 5, dtype=torch.int64), backend="cpu")
     assert seen == [(logits.data_ptr(), 0, 300, 50, 1)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("name", COMPILED)
+def test_splitting_the_rows_anywhere_changes_no_bit(name, data):
+    """Micro-batches, packing and padding: a row's results are its own."""
+    vocab = data.draw(st.sampled_from([1, 2, 15, 16, 17, 63, 65, 1000, 4095, 4097, 8193]))
+    rows = data.draw(st.integers(1, 12))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    cuts = sorted(data.draw(st.lists(st.integers(0, rows), max_size=4)))
+    logits, tokens = example(rows, vocab, seed=data.draw(st.integers(0, 9)), dtype=dtype)
+    with executor(name):
+        whole = pk.logprobs_from_logits(logits, tokens, entropy=True)
+        grad = gradient(logits, tokens, entropy=True)
+        bounds = [0, *cuts, rows]
+        parts = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+        split = [pk.logprobs_from_logits(logits[p], tokens[p], entropy=True) for p in parts]
+        grads = [gradient(logits[p], tokens[p], entropy=True) for p in parts]
+    assert torch.equal(torch.cat([s.logprobs for s in split]), whole.logprobs)
+    assert torch.equal(torch.cat([s.entropy for s in split]), whole.entropy)
+    assert torch.equal(torch.cat(grads), grad)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("name", COMPILED)
+def test_any_finite_row_agrees_with_float64(name, data):
+    """Rows of any scale, with ties and forbidden tokens, against plain Python sums."""
+    values = data.draw(
+        st.lists(
+            st.one_of(
+                st.floats(-300, 300, width=32), st.just(-math.inf), st.sampled_from([0.0, 5.0])
+            ),
+            min_size=1,
+            max_size=70,
+        )
+    )
+    target = data.draw(st.integers(0, len(values) - 1))
+    if max(values) == -math.inf:
+        values[target] = 0.0
+    top = max(values)
+    others = [math.exp(v - top) for i, v in enumerate(values) if i != target]
+    z = values[target] - top
+    total = math.fsum(others)
+    x = (math.log(total) - z if total else -math.inf) if z > -math.inf else math.inf
+    expected = -(x + math.log1p(math.exp(-x)) if x > 0 else math.log1p(math.exp(x)))
+    with executor(name):
+        row, index = torch.tensor(values, dtype=torch.float32), torch.tensor(target)
+        got, entropy = pk.logprobs_from_logits(row, index, entropy=True)
+    assert got.item() == pytest.approx(expected, rel=3e-6, abs=1e-30)
+    weights = [math.exp(v - top) for v in values]
+    mass = math.fsum(weights)
+    exact = (
+        math.log(mass)
+        - math.fsum(w * (v - top) for w, v in zip(weights, values, strict=True) if w) / mass
+    )
+    assert entropy.item() == pytest.approx(exact, rel=3e-6, abs=1e-6)
 
 
 # ---- in-place backward ---------------------------------------------------------------------------
@@ -336,6 +397,7 @@ BAD = [
     (dict(tokens=TOKENS - TOKENS - 1), ValueError, r"tokens: .* got -1 at flat position 0"),
     (dict(mask=TOKENS[0] > 0), ValueError, r"mask: expected shape \[2, 3\] \(as tokens\)"),
     (dict(mask=[True]), TypeError, "mask: expected a tensor, got list"),
+    (dict(mask=TOKENS + 0j), TypeError, "mask: expected dtype bool, .*, got complex64"),
     (
         dict(temperature=0.0),
         ValueError,

@@ -44,7 +44,7 @@ def check_sequences(
 def flags(name: str, value: Tensor | None, rewards: Tensor) -> None:
     """A flag per step, of any dtype: nonzero = yes."""
     if value is not None:
-        _checks.tensor(name, value)
+        _checks.tensor(name, value, _checks.MASKS)
         _checks.shape(name, value, rewards.shape, "as rewards")
         _checks.device(name, value, rewards, "as rewards")
 
