@@ -1,5 +1,6 @@
 # make demo    PPO on real text, start to finish, from nothing but python3 and a C++ compiler
 # make test    every test
+# make bench   every function against torch, on one thread and on all; ARGS="gae --sizes small" to choose
 # make lint    ruff, clang-format, mypy
 # make test-sanitize   the op tests on kernels built with AddressSanitizer and UBSan
 # make test-floor      the op tests on the oldest torch and Python supported (a download of gigabytes)
@@ -13,10 +14,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 2>/dev/null)
 
-.PHONY: demo test test-sanitize test-floor lint format docs clean
+.PHONY: demo bench test test-sanitize test-floor lint format docs clean
 
 demo: .venv/installed
 	$(BIN)/ppo-kernels demo
+
+bench: .venv/installed
+	$(BIN)/ppo-kernels bench --threads 1,$$(nproc) $(ARGS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest
@@ -60,7 +64,7 @@ docs: .venv/installed
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(PIP) install -q "$(TORCH)"
 	$(PIP) install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[trainer,dev]" \
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[trainer,bench,dev]" \
 		-C editable.rebuild=true -C editable.verbose=false
 	touch $@
 

@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show = commands.add_parser("info", help="what runs here, and why the rest does not")
     show.add_argument("--table", action="store_true", help="only the function x backend table")
     for name, text in (
+        ("bench", "time every function against torch and others: [OP ...] [--sizes ...] ..."),
         ("train", "PPO from a configuration file: --config FILE [--key value ...]"),
         ("demo", "PPO on real text, start to finish"),
     ):
@@ -25,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         print(info.markdown(info.backend_table()) if arguments.table else info.report())
         return 0
+    if arguments.command == "bench":
+        from .bench.cli import main as bench
+
+        return bench(rest)
     return _trainer(arguments.command, rest)
 
 

@@ -9,7 +9,7 @@ undergoes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -133,12 +133,17 @@ def flatten(result: Any) -> list[Tensor]:
     return [t for part in result for t in flatten(part)]
 
 
-def run(case: Case, inputs: Inputs, *, grad: bool = True) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Outputs and gradients of a case, for a fixed pseudo-random upstream gradient."""
+def run(
+    case: Case, inputs: Inputs, *, grad: bool = True, call: Callable[..., Any] | None = None
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs and gradients of a case, for a fixed pseudo-random upstream gradient.
+
+    `call` takes the place of the case's public function.
+    """
     inputs = dict(inputs)
     for name in case.grads if grad else ():
         inputs[name] = inputs[name].detach().requires_grad_()
-    outputs = flatten(getattr(ppo_kernels, case.function)(**inputs))
+    outputs = flatten((call or getattr(ppo_kernels, case.function))(**inputs))
     live = [t for t in outputs if t.requires_grad]
     if not live or not grad:
         return [t.detach() for t in outputs], {}
@@ -182,39 +187,80 @@ def mismatch(got: Tensor, exact: Tensor, allowed: Tensor) -> str | None:
     )
 
 
+class Exact(NamedTuple):
+    """A tensor of the exact result, and the error allowed in each of its elements."""
+
+    value: Tensor
+    allowed: Tensor
+
+
 class Expected(NamedTuple):
-    """What one case must give in one dtype: exact results, and the error allowed in each."""
+    """What a case must give for inputs of one dtype."""
 
-    inputs: Inputs
-    outputs: list[tuple[Tensor, Tensor]]
-    grads: dict[str, tuple[Tensor, Tensor]]
+    dtype: torch.dtype
+    outputs: list[Exact]
+    grads: dict[str, Exact]
 
 
-@lru_cache(maxsize=16)  # the executors and layouts of a case and dtype share it
-def expected(case: Case, dtype: torch.dtype, seed: int) -> Expected:
-    inputs = case.inputs(torch.Generator().manual_seed(seed))
-    upcast = arrange(arrange(inputs, dtype), torch.float64)
+def reference(
+    case: Case,
+    upcast: Inputs,
+    dtype: torch.dtype,
+    *,
+    grad: bool = True,
+    call: Callable[..., Any] | None = None,
+) -> Expected:
+    """The reference in float64 on inputs of `dtype`, upcast."""
     with use_backend("torch"):
-        exact, exact_grads = run(case, upcast)
-        torch32, torch32_grads = run(case, arrange(upcast, torch.float32))
+        exact, exact_grads = run(case, upcast, grad=grad, call=call)
+        inputs32 = arrange(upcast, torch.float32)
+        torch32, torch32_grads = run(case, inputs32, grad=grad, call=call)
     scales = case.scale(upcast)
 
     def allowed(key: int | str, e: Tensor, t: Tensor) -> Tensor:
-        # In fp64 the reference is no better than the kernel: both may be off by some ulps.
-        if dtype == torch.float64:
-            t, factor = e, 8 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-        else:
-            factor = 1.0
-        return factor * allowed_error(e, t, scales.get(key))
+        if dtype != torch.float64:
+            return allowed_error(e, t, scales.get(key))
+        # Here the reference is no better than the kernel: both may be off by some ulps.
+        ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        return 8 * ratio * allowed_error(e, e, scales.get(key))
 
-    outputs = [(e, allowed(i, e, t)) for i, (e, t) in enumerate(zip(exact, torch32, strict=True))]
+    outputs = [
+        Exact(e, allowed(i, e, t)) for i, (e, t) in enumerate(zip(exact, torch32, strict=True))
+    ]
     grads = {}
     for name, e in exact_grads.items():
-        error = allowed(name, e, torch32_grads[name])
+        error, once = allowed(name, e, torch32_grads[name]), e
         if dtype in (torch.bfloat16, torch.float16):
-            error, e = error + ulp(e, dtype), e.to(dtype).double()  # noqa: PLW2901
-        grads[name] = (e, error)
-    return Expected(inputs, outputs, grads)
+            error, once = error + ulp(e, dtype), e.to(dtype).double()
+        grads[name] = Exact(once, error)
+    return Expected(dtype, outputs, grads)
+
+
+def judge(want: Expected, got: Sequence[Tensor], grads: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with what `run` gave, or None."""
+    for i, (g, exact) in enumerate(zip(got, want.outputs, strict=True)):
+        if g.shape != exact.value.shape:
+            return f"output {i}: shape {list(g.shape)}, expected {list(exact.value.shape)}"
+        if g.dtype not in (torch.float32, torch.float64):
+            return f"output {i}: dtype {g.dtype}"
+        problem = mismatch(g, *exact)
+        if problem:
+            return f"output {i}: {problem}"
+    if set(grads) != set(want.grads):
+        return f"gradients of {sorted(grads)}, expected of {sorted(want.grads)}"
+    for name, g in grads.items():
+        if g.dtype != want.dtype:
+            return f"gradient of {name}: dtype {g.dtype}"
+        problem = mismatch(g, *want.grads[name])
+        if problem:
+            return f"gradient of {name}: {problem}"
+    return None
+
+
+@lru_cache(maxsize=16)  # the executors and layouts of a case and dtype share it
+def _expected(case: Case, dtype: torch.dtype, seed: int) -> tuple[Inputs, Expected]:
+    inputs = case.inputs(torch.Generator().manual_seed(seed))
+    return inputs, reference(case, arrange(arrange(inputs, dtype), torch.float64), dtype)
 
 
 def check(case: Case, name: str, dtype: torch.dtype, layout: str, seed: int = 0) -> None:
@@ -222,24 +268,15 @@ def check(case: Case, name: str, dtype: torch.dtype, layout: str, seed: int = 0)
 
     Raises AssertionError naming what differs, or if another kernel than the one asked for ran.
     """
-    want = expected(case, dtype, seed)
+    inputs, want = _expected(case, dtype, seed)
     reset_op_counts()
     with executor(name) as backend:
-        got, got_grads = run(case, arrange(want.inputs, dtype, layout))
+        got, grads = run(case, arrange(inputs, dtype, layout))
     ran = op_counts()
     ops = (case.function,) if backend == "torch" else case.forward + case.backward
     assert set(ran) == {(op, backend) for op in ops}, f"asked for {ops}, ran {ran}"
-
-    for i, (g, (e, error)) in enumerate(zip(got, want.outputs, strict=True)):
-        assert g.shape == e.shape, f"output {i}: shape {list(g.shape)}, expected {list(e.shape)}"
-        assert g.dtype in (torch.float32, torch.float64), f"output {i} is {g.dtype}"
-        problem = mismatch(g, e, error)
-        assert problem is None, f"output {i}: {problem}"
-    assert set(got_grads) == set(want.grads)
-    for argument, g in got_grads.items():
-        assert g.dtype == dtype, f"gradient of {argument} is {g.dtype}"
-        problem = mismatch(g, *want.grads[argument])
-        assert problem is None, f"gradient of {argument}: {problem}"
+    problem = judge(want, got, grads)
+    assert problem is None, problem
 
 
 # ---- cases -------------------------------------------------------------------------------------

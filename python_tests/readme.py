@@ -7,12 +7,24 @@ import sys
 from pathlib import Path
 
 from ppo_kernels import info
+from ppo_kernels.bench import results
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 def generated() -> dict[str, str]:
-    return {"op table": info.markdown(info.backend_table())}
+    return {"op table": info.markdown(info.backend_table()), "speed table": speed()}
+
+
+def speed() -> str:
+    """Table and figure of every device in benchmarks/results."""
+    parts = []
+    for path in sorted(ROOT.glob("benchmarks/results/*/results.csv")):
+        parts.append(results.headline(results.read_csv(path)))
+        if path.with_name("speed.png").exists():
+            parts.append(f"![speed against size]({path.with_name('speed.png').relative_to(ROOT)})")
+    return "\n\n".join(parts) or "`make bench` measures the machine it runs on."
 
 
 def rendered(text: str) -> str:

@@ -1,0 +1,368 @@
+"""What is measured: each public function, at which sizes, dtypes and directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ppo_kernels
+
+from .. import testing
+from ..testing import Inputs
+from . import baselines
+from .baselines import Baseline
+
+FORWARD, BACKWARD = "forward", "forward+backward"
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One way of calling one public function, at any size.
+
+    Attributes:
+        function: Its public name.
+        variant: What is particular about this call; may be empty.
+        inputs: Makes the arguments from a generator and a shape; floating-point tensors in float32.
+        grads: The arguments that receive a gradient.
+        check: The shape at which results are held to float64.
+        baselines: What else computes the same, by name.
+        call: What is timed, where it is more than the function itself.
+        again: The arguments that any backward pass must read a second time.
+        arithmetic: Bound by arithmetic: no share of the memory bandwidth is stated.
+    """
+
+    function: str
+    variant: str
+    inputs: Callable[[torch.Generator, Shape], Inputs]
+    grads: tuple[str, ...]
+    check: Shape
+    baselines: Mapping[str, Baseline] = field(hash=False)
+    call: Callable[..., Any] | None = None
+    again: tuple[str, ...] = ()
+    arithmetic: bool = False
+
+    @property
+    def public(self) -> Callable[..., Any]:
+        """What is timed, on whichever backend is in use."""
+        return self.call or getattr(ppo_kernels, self.function)
+
+    def case(self, backward: bool) -> testing.Case:
+        """By which the tests would judge this call, at the shape of `check`."""
+        like = (c.scale for c in testing.CASES if c.function == self.function and c.grads)
+        return testing.Case(
+            self.function,
+            self.variant,
+            lambda g: testing.arrange(self.inputs(g, self.check), torch.float64),
+            forward=(),
+            grads=self.grads if backward else (),
+            scale=next(like, _no_scale) if self.call is None else _no_scale,
+        )
+
+
+def _no_scale(inputs: Inputs) -> Mapping[int | str, Tensor | float]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A benchmark at one size, dtype and direction: one group of interleaved measurements."""
+
+    benchmark: Benchmark
+    shape: Shape
+    dtype: torch.dtype = torch.float32
+    direction: str = FORWARD
+
+    @property
+    def size(self) -> str:
+        return "x".join(map(str, self.shape))
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def backward(self) -> bool:
+        return self.direction == BACKWARD
+
+    def inputs(self, device: torch.device) -> Inputs:
+        """The arguments, the same for everyone who computes this."""
+        made = self.benchmark.inputs(torch.Generator().manual_seed(0), self.shape)
+        made = testing.arrange(made, self.dtype)
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}
+
+    def traffic(self, inputs: Inputs, outputs: list[Tensor]) -> tuple[int, int]:
+        """Bytes that any version must read and write at least.
+
+        Forward: every argument once, every output once. Backward besides: the upstream gradients,
+        the arguments in `again`, and every gradient once.
+        """
+        tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+        read = sum(v.nbytes for v in tensors.values())
+        written = sum(t.nbytes for t in outputs)
+        if self.backward:
+            read += sum(t.nbytes for t in outputs if t.requires_grad)
+            read += sum(tensors[k].nbytes for k in self.benchmark.again)
+            written += sum(tensors[k].nbytes for k in self.benchmark.grads)
+        return read, written
+
+
+# ---- inputs -------------------------------------------------------------------------------------
+
+
+def _logits(g: torch.Generator, shape: Shape) -> Inputs:
+    rows, vocab = shape
+    return {
+        "logits": torch.randn(shape, generator=g).mul_(3),
+        "tokens": torch.randint(vocab, (rows,), generator=g),
+    }
+
+
+def _hidden(g: torch.Generator, shape: Shape) -> Inputs:
+    rows, width, vocab = shape
+    return {
+        "hidden": torch.randn(rows, width, generator=g),
+        "weight": torch.randn(vocab, width, generator=g).mul_(width**-0.5),
+        "tokens": torch.randint(vocab, (rows,), generator=g),
+    }
+
+
+def _responses(g: torch.Generator, shape: Shape) -> Tensor:
+    """A mask of one response per row: it starts with the row and fills half of it or more."""
+    rows, steps = shape
+    ends = torch.randint(steps // 2, steps + 1, (rows, 1), generator=g)
+    return torch.arange(steps) < ends
+
+
+def _policy(g: torch.Generator, shape: Shape, other: str) -> Inputs:
+    logprobs = torch.randn(shape, generator=g).abs_().neg_()
+    return {
+        "logprobs": logprobs,
+        other: logprobs + 0.2 * torch.randn(shape, generator=g),
+        "mask": _responses(g, shape),
+    }
+
+
+def _clipped_loss(g: torch.Generator, shape: Shape) -> Inputs:
+    return _policy(g, shape, "old_logprobs") | {"advantages": torch.randn(shape, generator=g)}
+
+
+def _value_loss(g: torch.Generator, shape: Shape) -> Inputs:
+    values = torch.randn(shape, generator=g)
+    return {
+        "values": values,
+        "old_values": values + 0.2 * torch.randn(shape, generator=g),
+        "returns": values + torch.randn(shape, generator=g),
+        "mask": _responses(g, shape),
+    }
+
+
+def _kl_penalty(g: torch.Generator, shape: Shape, estimator: str = "k3") -> Inputs:
+    return _policy(g, shape, "ref_logprobs") | {"estimator": estimator}
+
+
+def _shape_rewards(g: torch.Generator, shape: Shape) -> Inputs:
+    scores = torch.randn(shape[0], generator=g)
+    return {"scores": scores, **_policy(g, shape, "ref_logprobs"), "kl_coef": 0.05}
+
+
+def _x(g: torch.Generator, shape: Shape) -> Inputs:
+    return {"x": torch.randn(shape, generator=g).add_(0.5), "mask": _responses(g, shape)}
+
+
+def _returns(g: torch.Generator, shape: Shape) -> Inputs:
+    return {
+        "rewards": torch.randn(shape, generator=g),
+        "mask": _responses(g, shape),
+        "mask_convention": "carry",
+        "gamma": 0.99,
+    }
+
+
+def _gae(g: torch.Generator, shape: Shape) -> Inputs:
+    values = {"values": torch.randn(shape, generator=g), "lam": 0.95}
+    return _returns(g, shape) | values
+
+
+def _packed(g: torch.Generator, shape: Shape) -> Inputs:
+    """Sequences of 1 to 8192 steps, but no longer than an eighth of all."""
+    (total,) = shape
+    longest = min(8192, max(total // 8, 1))
+    ends = torch.randint(1, longest + 1, (total,), generator=g).cumsum(0)
+    ends = torch.cat([torch.zeros(1).to(ends), ends[ends < total], torch.tensor([total])])
+    return {
+        "rewards": torch.randn(shape, generator=g),
+        "values": torch.randn(shape, generator=g),
+        "cu_seqlens": ends.int(),
+        "gamma": 0.99,
+        "lam": 0.95,
+    }
+
+
+# ---- benchmarks ---------------------------------------------------------------------------------
+
+
+def _from_hidden(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Any:
+    logits = hidden @ weight.mT
+    return ppo_kernels.logprobs_from_logits(logits, tokens, inplace_backward=logits.requires_grad)
+
+
+def _entropy(g: torch.Generator, shape: Shape) -> Inputs:
+    return _logits(g, shape) | {"entropy": True}
+
+
+def _k1(g: torch.Generator, shape: Shape) -> Inputs:
+    return _kl_penalty(g, shape, "k1")
+
+
+_RATIOS = ("logprobs", "ref_logprobs", "mask")
+_ALL = (
+    Benchmark(
+        "logprobs_from_logits",
+        "",
+        _logits,
+        ("logits",),
+        (8, 50257),
+        baselines.LOGPROBS,
+        again=("logits", "tokens"),
+    ),
+    Benchmark(
+        "logprobs_from_logits",
+        "entropy",
+        _entropy,
+        ("logits",),
+        (8, 50257),
+        baselines.LOGPROBS_ENTROPY,
+        again=("logits", "tokens"),
+    ),
+    Benchmark(
+        "logprobs_from_logits",
+        "hidden @ weight",
+        _hidden,
+        ("hidden", "weight"),
+        (8, 64, 5003),
+        baselines.HIDDEN,
+        call=_from_hidden,
+        arithmetic=True,
+    ),
+    Benchmark("clipped_loss", "", _clipped_loss, ("logprobs",), (8, 512), baselines.CLIPPED_LOSS),
+    Benchmark("value_loss", "", _value_loss, ("values",), (8, 512), baselines.VALUE_LOSS),
+    Benchmark(
+        "kl_penalty",
+        "k3",
+        _kl_penalty,
+        ("logprobs",),
+        (8, 512),
+        baselines.KL_PENALTY,
+        again=_RATIOS,
+    ),
+    Benchmark(
+        "kl_penalty", "k1", _k1, ("logprobs",), (8, 512), baselines.KL_PENALTY, again=("mask",)
+    ),
+    Benchmark(
+        "shape_rewards",
+        "",
+        _shape_rewards,
+        ("scores", "logprobs"),
+        (8, 512),
+        baselines.SHAPE_REWARDS,
+        again=("mask",),
+    ),
+    Benchmark("gae", "", _gae, ("rewards", "values"), (8, 256), baselines.GAE, again=("mask",)),
+    Benchmark("gae", "packed", _packed, ("rewards", "values"), (2048,), baselines.GAE_PACKED),
+    Benchmark(
+        "discounted_returns",
+        "",
+        _returns,
+        ("rewards",),
+        (8, 256),
+        baselines.RETURNS,
+        again=("mask",),
+    ),
+    Benchmark("whiten", "", _x, ("x",), (8, 512), baselines.WHITEN, again=("x", "mask")),
+    Benchmark("masked_mean", "", _x, ("x",), (8, 512), baselines.MASKED_MEAN, again=("mask",)),
+    Benchmark("masked_sum", "", _x, ("x",), (8, 512), baselines.MASKED_SUM, again=("mask",)),
+)
+BENCHMARKS = {(b.function, b.variant): b for b in _ALL if hasattr(ppo_kernels, b.function)}
+FUNCTIONS = tuple(dict.fromkeys(function for function, _ in BENCHMARKS))
+
+# Under PPO these make targets and rewards, and nothing flows back through them.
+CONSTANTS = ("gae", "discounted_returns", "shape_rewards")
+
+
+# ---- sizes --------------------------------------------------------------------------------------
+
+_FP32 = (torch.float32,)
+_HALF = (torch.bfloat16,)
+
+
+def _jobs(
+    function: str,
+    variant: str,
+    shapes: list[Shape],
+    dtypes: tuple[torch.dtype, ...] = _FP32,
+    directions: tuple[str, ...] | None = None,
+) -> list[Job]:
+    benchmark = BENCHMARKS.get((function, variant))
+    if benchmark is None:
+        return []
+    if directions is None:
+        directions = (FORWARD,) if function in CONSTANTS else (FORWARD, BACKWARD)
+    return [Job(benchmark, s, t, d) for s in shapes for t in dtypes for d in directions]
+
+
+def _per_token(shapes: list[Shape], dtypes: tuple[torch.dtype, ...] = _FP32) -> list[Job]:
+    """Everything that takes [B, T]."""
+    names = [key for key in BENCHMARKS if key[0] != "logprobs_from_logits" and key[1] != "packed"]
+    return [job for name in names for job in _jobs(*name, shapes, dtypes)]
+
+
+def _small() -> list[Job]:
+    return [
+        *_jobs("logprobs_from_logits", "", [(8, 1009)]),
+        *_jobs("logprobs_from_logits", "entropy", [(8, 1009)], _HALF),
+        *_jobs("logprobs_from_logits", "hidden @ weight", [(8, 16, 1009)]),
+        *_per_token([(1, 8), (8, 256)]),
+        *_jobs("gae", "packed", [(4096,)]),
+    ]
+
+
+def _default() -> list[Job]:
+    logits: list[Shape] = [(8, 50257), (256, 50257), (2048, 50257)]
+    steps: list[Shape] = [(1024, 1024), (64, 8192), (8, 32768), (8, 131072), (1, 1048576)]
+    return [
+        *_jobs("logprobs_from_logits", "", [(8, 8), *logits]),
+        *_jobs("logprobs_from_logits", "", logits[1:], _HALF),
+        *_jobs("logprobs_from_logits", "", logits[1:2], (torch.float16,)),
+        *_jobs("logprobs_from_logits", "", [(256, v) for v in (8192, 32000, 128256)]),
+        *_jobs("logprobs_from_logits", "entropy", logits[2:], (*_FP32, *_HALF)),
+        *_jobs("logprobs_from_logits", "hidden @ weight", [(512, 768, 50257)]),
+        *_per_token([(1, 8), (64, 1024), (64, 16384)]),
+        *_per_token([(64, 1024)], (torch.bfloat16, torch.float16)),
+        *_jobs("gae", "", steps),
+        *_jobs("gae", "", [(64, 1024)], directions=(BACKWARD,)),
+        *_jobs("gae", "packed", [(65536,), (1048576,)]),
+    ]
+
+
+def _large() -> list[Job]:
+    return [
+        *_jobs("logprobs_from_logits", "", [(4096, 152064)], _HALF),
+        *_jobs("logprobs_from_logits", "entropy", [(4096, 152064)], _HALF),
+        *_jobs("logprobs_from_logits", "", [(1, 262144), (4, 262144)]),
+        *_jobs("logprobs_from_logits", "hidden @ weight", [(2048, 2048, 50257)]),
+        *_per_token([(1024, 16384)]),
+        *_jobs("gae", "", [(16, 1048576), (1, 16777216)]),
+        *_jobs("gae", "packed", [(16777216,)]),
+    ]
+
+
+SIZES: dict[str, Callable[[], list[Job]]] = {
+    "small": _small,
+    "default": _default,
+    "large": _large,
+}
