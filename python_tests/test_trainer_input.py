@@ -149,6 +149,13 @@ def test_wrong_models(config, expected):
         load_policy(config)
 
 
+def test_pickled_weights_are_refused(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"model: .*expected a folder with weights in safetensors"):
+        load_policy(Config(model=str(tmp_path / "model")))
+
+
 def test_wrong_tokenizers_devices_and_specs():
     with pytest.raises(InputError, match="tokenizer: given nothing"):
         load_tokenizer(Config(model="trainer_tiny:model"))

@@ -100,7 +100,8 @@ class Config:
     aggregation: Literal[
         "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-sum-norm"
     ] = "token-mean"
-    """How the policy loss is averaged over a minibatch; seq-sum-norm divides by max_new_tokens."""
+    """How the policy loss is averaged over a minibatch; seq-sum-norm divides by max_new_tokens,
+    token-sum by nothing."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     value_coef: float = 0.5

@@ -28,8 +28,14 @@ def load_policy(config: Config) -> PreTrainedModel:
     """Load the folder, or call the callable, that `config.model` names."""
     assert config.model is not None
     if Path(config.model).is_dir():
+        if not any(Path(config.model).glob("*.safetensors")):
+            raise InputError(
+                f"model: given {config.model!r}, expected a folder with weights in safetensors"
+            )
         model_class = import_object(config.model_class, "model_class")
-        return model_class.from_pretrained(config.model, local_files_only=True)
+        return model_class.from_pretrained(
+            config.model, local_files_only=True, use_safetensors=True
+        )
     if ":" not in config.model:
         raise InputError(f"model: given {config.model!r}, expected a folder or 'module:name'")
     policy = import_object(config.model, "model")()

@@ -217,7 +217,7 @@ def accumulate_gradients(actor: ActorCritic, minibatch: Experience, config: Conf
             clip_high=config.clip_high,
             dual_clip=config.dual_clip,
             aggregation=config.aggregation,
-            denominator=tokens if config.aggregation.startswith("token") else total,
+            denominator={"token-mean": tokens, "token-sum": 1}.get(config.aggregation, total),
             norm_length=config.max_new_tokens if config.aggregation == "seq-sum-norm" else None,
         )
         value = pk.value_loss(
