@@ -13,12 +13,13 @@ pytest.importorskip("jsonargparse")
 
 import trainer_tiny as tiny
 
+from ppo_kernels._files import atomic_file, atomic_folder
 from ppo_kernels.trainer import Config, InputError, train
 from ppo_kernels.trainer.cli import main, parse_config
 from ppo_kernels.trainer.data import check_prompts, load_prompts, shuffled_batches
-from ppo_kernels.trainer.files import atomic_file, atomic_folder, import_object
 from ppo_kernels.trainer.logs import RunLog, prepare_output
 from ppo_kernels.trainer.model import load_policy, load_tokenizer, resolve_device
+from ppo_kernels.trainer.objects import import_object
 from ppo_kernels.trainer.rewards import score
 
 

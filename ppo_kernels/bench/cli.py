@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .. import cpu
+from .._files import atomic_file
 from .._op import BACKENDS
 from . import cases, results
 from .plot import draw
@@ -184,7 +185,7 @@ def _news(rows: Iterable[Row], told: set[str]) -> Iterable[str]:
 def _report(folder: Path, rows: list[Row]) -> None:
     if not rows:
         return
-    with results.whole_file(folder / "results.md") as temporary:
+    with atomic_file(folder / "results.md") as temporary:
         temporary.write_text(results.markdown(rows))
     print(f"results: {folder / 'results.csv'}, {folder / 'results.md'}")
     try:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .results import FLOOR, OURS, Row, whole_file
+from .._files import atomic_file
+from .results import FLOOR, OURS, Row
 
 FIRST = (OURS, "eager", "compile", "chunked", "chunked compile", "loop")
 Series = dict[str, list[tuple[float, float]]]
@@ -27,7 +28,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         drawn = figure(rows)
         if drawn is not None:
             path = folder / f"{name}.png"
-            with whole_file(path) as temporary:
+            with atomic_file(path) as temporary:
                 drawn.savefig(temporary, dpi=150)
             written.append(path)
         pyplot.close("all")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import os
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import info
+from .._files import atomic_file
 
 OURS = "ppo_kernels"
 FLOOR = "read + copy"
@@ -93,20 +92,8 @@ class Row:
 COLUMNS = {f.name: f.type for f in dataclasses.fields(Row)}
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; what was written there takes its place at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
+    with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for row in rows:

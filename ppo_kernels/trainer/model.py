@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_kernels.trainer.config import Config, InputError
-from ppo_kernels.trainer.files import import_object
+from ppo_kernels.trainer.objects import import_object
 
 
 def resolve_device(name: str) -> torch.device:

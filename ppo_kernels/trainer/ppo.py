@@ -16,7 +16,6 @@ from ppo_kernels.trainer.config import Config, InputError
 from ppo_kernels.trainer.data import Row, check_prompts, load_prompts, shuffled_batches
 from ppo_kernels.trainer.evaluate import Samples, evaluate
 from ppo_kernels.trainer.experience import Experience, make_experience
-from ppo_kernels.trainer.files import import_object
 from ppo_kernels.trainer.logs import RunLog, prepare_output
 from ppo_kernels.trainer.model import (
     ActorCritic,
@@ -26,6 +25,7 @@ from ppo_kernels.trainer.model import (
     load_tokenizer,
     resolve_device,
 )
+from ppo_kernels.trainer.objects import import_object
 from ppo_kernels.trainer.report import (
     export,
     plot_rewards,
@@ -196,6 +196,7 @@ def accumulate_gradients(actor: ActorCritic, minibatch: Experience, config: Conf
     """Add the gradient of a minibatch's loss, one micro-batch at a time."""
     total, length = minibatch.mask.shape
     tokens = minibatch.mask.sum()
+    denominators: dict[str, float | Tensor] = {"token-mean": tokens, "token-sum": 1}
     entropy = torch.zeros((), device=tokens.device)
     policy_metrics, value_metrics = [], []
     for index in torch.arange(total, device=tokens.device).split(config.micro_batch):
@@ -217,7 +218,7 @@ def accumulate_gradients(actor: ActorCritic, minibatch: Experience, config: Conf
             clip_high=config.clip_high,
             dual_clip=config.dual_clip,
             aggregation=config.aggregation,
-            denominator={"token-mean": tokens, "token-sum": 1}.get(config.aggregation, total),
+            denominator=denominators.get(config.aggregation, total),
             norm_length=config.max_new_tokens if config.aggregation == "seq-sum-norm" else None,
         )
         value = pk.value_loss(

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from tabulate import tabulate
 from transformers import PreTrainedTokenizerBase
 
+from ppo_kernels._files import atomic_file, atomic_folder
 from ppo_kernels.trainer.evaluate import Samples
-from ppo_kernels.trainer.files import atomic_file, atomic_folder
 from ppo_kernels.trainer.model import ActorCritic
 
 

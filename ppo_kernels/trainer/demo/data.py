@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from ppo_kernels._files import atomic_file
 from ppo_kernels.trainer.config import InputError
-from ppo_kernels.trainer.files import atomic_file
 
 PACKAGE = "vaderSentiment==2.5"
 ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"

@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import ppo_kernels as pk
-from ppo_kernels.trainer.files import atomic_folder
+from ppo_kernels._files import atomic_folder
 from ppo_kernels.trainer.logs import progress_bar
 
 PAD, UNK, BOS, EOS = "<pad>", "<unk>", "<bos>", "<eos>"
