@@ -1,6 +1,7 @@
 """Sampling completions, and the mask that says which of their tokens count."""
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -83,6 +84,10 @@ class Sampler:
         )
         # what the given settings leave open is taken from the policy's own, so those go too
         own, self.policy.generation_config = self.policy.generation_config, self.settings
+        # generate drops a mask of ones, then takes the pads of completions that ended for a mistake
+        log = logging.getLogger("transformers.modeling_utils")
+        level = log.level
+        log.setLevel(logging.ERROR)
         try:
             sequences = self.policy.generate(  # type: ignore[operator]
                 input_ids=batch["input_ids"],
@@ -91,6 +96,7 @@ class Sampler:
             )
         finally:
             self.policy.generation_config = own
+            log.setLevel(level)
         responses = sequences[:, batch["input_ids"].shape[1] :]
         mask, ended = response_mask(responses, self.eos_ids)
         return Rollout(
