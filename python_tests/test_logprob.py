@@ -81,6 +81,20 @@ def test_gradient_of_a_sure_target_in_bf16(name):
     assert grad.double().sum().item() == pytest.approx(0, abs=2**-8 * rest)
 
 
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_fp32_rounded_once_to_nearest_even(name, dtype):
+    """Truncation would stay within an ulp and bias every update."""
+    logits, tokens = example(6, 5003, dtype=dtype)
+    logits[3], logits[4, 7] = torch.nan, -torch.inf
+    with executor(name):
+        halves = gradient(logits, tokens, entropy=True)
+        singles = gradient(logits.float(), tokens, entropy=True)
+    if dtype == torch.float16:  # with subnormal halves among them
+        assert singles[:3].abs().min() < torch.finfo(dtype).smallest_normal
+    torch.testing.assert_close(halves, singles.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", EXECUTORS)
 def test_logits_near_a_thousand(name):
     """One fp32 log-sum-exp near 1000 would cost 3e-5 in p; state is (maximum, log of the sum)."""
