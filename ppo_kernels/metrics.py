@@ -73,7 +73,7 @@ class PolicyMetrics(NamedTuple):
     @property
     def clip_fraction(self) -> Tensor:
         """Share of tokens whose gradient the ratio's bounds cut: high + low, not dual."""
-        return self.clip_fraction_high + self.clip_fraction_low
+        return self._mean("clipped_high") + self._mean("clipped_low")
 
     @property
     def clip_fraction_high(self) -> Tensor:
@@ -111,29 +111,32 @@ class PolicyMetrics(NamedTuple):
     @property
     def ratio_max(self) -> Tensor:
         """Largest r."""
-        return torch.where(self.tokens > 0, self._stat("ratio_max"), 1.0)
+        return torch.where(self._stat("tokens") > 0, self._stat("ratio_max"), 1.0)
 
     @property
     def ratio_min(self) -> Tensor:
         """Smallest r."""
-        return torch.where(self.tokens > 0, self._stat("ratio_min"), 1.0)
+        return torch.where(self._stat("tokens") > 0, self._stat("ratio_min"), 1.0)
 
     @property
     def ess(self) -> Tensor:
         """Effective sample size (sum r)^2 / sum r^2 as a share of the tokens (Kish 1965)."""
         return _quotient(
-            self._stat("ratio").square(), self._stat("ratio_square") * self.tokens, empty=1.0
+            self._stat("ratio").square(),
+            self._stat("ratio_square") * self._stat("tokens"),
+            empty=1.0,
         )
 
     def as_dict(self) -> dict[str, Tensor]:
         """Every property by name."""
         return {name: getattr(self, name) for name in _properties(PolicyMetrics)}
 
+    # Properties go through methods, not through each other: torch 2.6 traces the former only.
     def _stat(self, name: str) -> Tensor:
         return self.stats[_POLICY_INDEX[name]]
 
     def _mean(self, name: str, empty: float = 0.0) -> Tensor:
-        return _quotient(self._stat(name), self.tokens, empty)
+        return _quotient(self._stat(name), self._stat("tokens"), empty)
 
 
 class ValueMetrics(NamedTuple):
@@ -197,7 +200,7 @@ class ValueMetrics(NamedTuple):
         return self.stats[_VALUE_INDEX[name]]
 
     def _mean(self, name: str) -> Tensor:
-        return _quotient(self._stat(name), self.tokens, 0.0)
+        return _quotient(self._stat(name), self._stat("tokens"), 0.0)
 
 
 _POLICY_INDEX = {name: i for i, name in enumerate(POLICY_STATS)}
