@@ -500,7 +500,6 @@ struct Backward {
 
   void load_unit(Slot<T>& s) const {
     const ScanSetting& g = a.setting;
-    const int64_t pieces = s.unit.last - s.unit.first;
     load(g, s, a.grad_advantages, a.grad_returns, View{}, true);
     for (int64_t i = 0; i < s.n; ++i) s.x[0][i] = s.in_first[i];
     for (int64_t i = 0; i < s.n; ++i)
