@@ -220,3 +220,27 @@ def test_info_warns_about_two_openmp_runtimes(monkeypatch):
 def test_generated_parts_of_the_readme_are_current():
     text = readme.README.read_text()
     assert readme.rendered(text) == text, "run `make docs`"
+
+
+def test_the_example_of_the_readme_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", readme.README.read_text(), re.S)
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    logits, values = normal(2, 6, 30).requires_grad_(), normal(2, 5).requires_grad_()
+    names = {
+        "logits": logits,
+        "values": values,
+        "tokens": torch.randint(30, (2, 6), generator=g),
+        "mask": torch.ones(2, 5),
+        "scores": normal(2),
+        "old_logprobs": normal(2, 5),
+        "ref_logprobs": normal(2, 5),
+        "old_values": normal(2, 5),
+    }
+    exec(code, names)
+    assert logits.grad.isfinite().all()
+    assert logits.grad.any()
+    assert values.grad.any()
