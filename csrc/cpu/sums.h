@@ -52,14 +52,7 @@ struct Sum<float> {
     low += a * a;
     high += b * b;
   }
-  double total() const {
-    const vdouble both = low + high;
-    double lanes[kLanes / 2];
-    memcpy(lanes, &both, sizeof both);
-    for (int step = kLanes / 4; step; step /= 2)
-      for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-    return lanes[0];
-  }
+  double total() const { return sum_lanes(low + high); }
 };
 
 template <>
