@@ -583,8 +583,8 @@ inline void gradient_tile(const LogprobBackward& a, const Row<LogprobBackward>& 
 // read before it is overwritten.
 template <class Columns, bool kCareful>
 inline void gradient_direct(const LogprobBackward& a, const Row<LogprobBackward>& r, Upstream g,
-                              int64_t from, int64_t n, const GradientOfOthers<kCareful>& gradient,
-                              bool stream) {
+                            int64_t from, int64_t n, const GradientOfOthers<kCareful>& gradient,
+                            bool stream) {
   using Element = typename Columns::Element;
   alignas(64) Element buffer[kTile];
   const auto* u = reinterpret_cast<const Element*>(column(a.logits, r.row, r.col, from));

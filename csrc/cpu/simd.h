@@ -64,6 +64,17 @@ PPOK_INLINE vint load_bytes(const uint8_t* p) { return vint{p[0], p[1], p[2], p[
 
 PPOK_INLINE vfloat bits_to_float(vint x) { return reinterpret_cast<vfloat>(x); }
 PPOK_INLINE vint float_to_bits(vfloat x) { return reinterpret_cast<vint>(x); }
+PPOK_INLINE bool any_lane(vint condition) {
+#if defined(PPOK_ISA_AVX512)
+  const __m512i bits = reinterpret_cast<__m512i>(condition);
+  return _mm512_test_epi32_mask(bits, bits) != 0;
+#elif defined(PPOK_ISA_AVX2)
+  const __m256i bits = reinterpret_cast<__m256i>(condition);
+  return !_mm256_testz_si256(bits, bits);
+#else
+  return (condition[0] | condition[1] | condition[2] | condition[3]) != 0;
+#endif
+}
 PPOK_INLINE vfloat select(vint condition, vfloat a, vfloat b) { return condition ? a : b; }
 
 // The larger of two; b if either is NaN. GCC makes a comparison and a blend of a > b ? a : b.
