@@ -42,13 +42,16 @@ struct Exponential {
   V exp, minus_one, minus_one_and_t;
 };
 
-// exp_of(t, where) is asked for e^t where `where` holds; elsewhere it may give anything.
+// exp_of(t, where) is asked for e^t where `where` holds; elsewhere it may give anything. fp32 takes
+// the small ones from the remainder, which it needs anyway.
 template <class S, class V, class Exp>
 PPOK_HD inline Exponential<V> exponential(V t, Exp exp_of) {
+  constexpr bool kSeries = sizeof(S) == sizeof(float);
   const auto large = ((t < S(1)) & (t > S(-1))) == 0;
   const V square = t * t, rest = square * exp_remainder(t, square, S());
-  const V e = exp_of(t, large), above = e - S(1);
-  return {large ? e : (t + rest) + S(1), large ? above : t + rest, large ? above - t : rest};
+  const V e = exp_of(t, kSeries ? large : large == large), above = e - S(1);
+  const V near_one = kSeries ? (t + rest) + S(1) : e;
+  return {large ? e : near_one, large ? above : t + rest, large ? above - t : rest};
 }
 
 template <Estimator kEstimator, class S, class V, class Exp>
