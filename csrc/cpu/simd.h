@@ -188,6 +188,77 @@ PPOK_INLINE void store_f16(uint16_t* p, vfloat x) {
 #endif
 }
 
+// ---- vectors of doubles -------------------------------------------------------------------------
+
+typedef double vdouble_mem __attribute__((vector_size(PPOK_VECTOR_BYTES), aligned(8), may_alias));
+
+PPOK_INLINE vdouble load_doubles(const double* p) {
+  return *reinterpret_cast<const vdouble_mem*>(p);
+}
+PPOK_INLINE void store_doubles(double* p, vdouble x) { *reinterpret_cast<vdouble_mem*>(p) = x; }
+
+// a b + c, rounded once where the target has the instruction.
+PPOK_INLINE vdouble multiply_add(vdouble a, vdouble b, vdouble c) {
+#if defined(PPOK_ISA_AVX512)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(PPOK_ISA_AVX2)
+  return _mm256_fmadd_pd(a, b, c);
+#elif defined(__FP_FAST_FMA)
+  for (int i = 0; i < kLanes / 2; ++i) c[i] = fma(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+
+PPOK_INLINE vdouble widen(const double* p) { return load_doubles(p); }
+PPOK_INLINE void narrow(double* p, vdouble x) { store_doubles(p, x); }
+#if defined(PPOK_ISA_AVX512)
+PPOK_INLINE vdouble widen(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+PPOK_INLINE void narrow(float* p, vdouble x) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(x)); }
+#elif defined(PPOK_ISA_AVX2)
+PPOK_INLINE vdouble widen(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+PPOK_INLINE void narrow(float* p, vdouble x) { _mm_storeu_ps(p, _mm256_cvtpd_ps(x)); }
+#else
+PPOK_INLINE vdouble widen(const float* p) { return vdouble{p[0], p[1]}; }
+PPOK_INLINE void narrow(float* p, vdouble x) {
+  for (int i = 0; i < kLanes / 2; ++i) p[i] = static_cast<float>(x[i]);
+}
+#endif
+
+// Lane i + by in lane i (kDown), or i - by; what lies outside comes from `fill`, the same in every
+// lane.
+template <bool kDown>
+PPOK_INLINE vdouble shifted(vdouble x, vdouble fill, int by) {
+#if defined(PPOK_ISA_AVX512)
+  const __m512i a = reinterpret_cast<__m512i>(x), b = reinterpret_cast<__m512i>(fill);
+  const __m512i y = by == 1 ? (kDown ? _mm512_alignr_epi64(b, a, 1) : _mm512_alignr_epi64(a, b, 7))
+                    : by == 2
+                        ? (kDown ? _mm512_alignr_epi64(b, a, 2) : _mm512_alignr_epi64(a, b, 6))
+                        : (kDown ? _mm512_alignr_epi64(b, a, 4) : _mm512_alignr_epi64(a, b, 4));
+  return reinterpret_cast<vdouble>(y);
+#elif defined(PPOK_ISA_AVX2)
+  if (by == 1)
+    return kDown ? _mm256_blend_pd(_mm256_permute4x64_pd(x, 0x39), fill, 8)
+                 : _mm256_blend_pd(_mm256_permute4x64_pd(x, 0x93), fill, 1);
+  return kDown ? _mm256_permute2f128_pd(x, fill, 0x21) : _mm256_permute2f128_pd(x, fill, 0x02);
+#else
+  (void)by;  // 1
+  return kDown ? vdouble{x[1], fill[0]} : vdouble{fill[0], x[0]};
+#endif
+}
+
+// The first lane (kFirst) or the last, in every lane.
+template <bool kFirst>
+PPOK_INLINE vdouble spread_edge(vdouble x) {
+#if defined(PPOK_ISA_AVX512)
+  return kFirst ? _mm512_broadcastsd_pd(_mm512_castpd512_pd128(x))
+                : _mm512_permutexvar_pd(_mm512_set1_epi64(7), x);
+#else
+  return vdouble{} + x[kFirst ? 0 : kLanes / 2 - 1];
+#endif
+}
+
 // ---- past the cache ----------------------------------------------------------------------------
 
 // Copies to memory that nobody reads soon, whole lines past the cache; stream_end() before another
