@@ -102,7 +102,6 @@ def test_half_precision_is_fp32_rounded_once_to_nearest_even(name, dtype):
     torch.testing.assert_close(halves, rounded, rtol=0.01, atol=1e-7, equal_nan=True)
 
 
-
 @pytest.mark.parametrize("name", EXECUTORS)
 def test_logits_near_a_thousand(name):
     """One fp32 log-sum-exp near 1000 would cost 3e-5 in p; state is (maximum, log of the sum)."""
