@@ -21,10 +21,10 @@ struct Blocks {
   void set(double coefficient) {
     if (c == coefficient) return;
     c = coefficient;
-    vdouble power = vdouble{} + c;
+    vdouble power = splat_double(c);
     for (int level = 0, by = 1; by < kSteps; ++level, by *= 2) {
       doubled[level] = power;
-      power = product(power, shifted<kReverse>(power, vdouble{} + 1., by));
+      power = product(power, shifted<kReverse>(power, splat_double(1.), by));
     }
     reach = power;
     across = power[kReverse ? 0 : kSteps - 1];
@@ -32,7 +32,7 @@ struct Blocks {
 
   static PPOK_INLINE vdouble product(vdouble a, vdouble b) {
     const vdouble both = a * b;
-    return (a > 0.) & (b > 0.) & (both < DBL_MIN) ? vdouble{} + DBL_MIN : both;
+    return (a > 0.) & (b > 0.) & (both < DBL_MIN) ? splat_double(DBL_MIN) : both;
   }
 
   PPOK_INLINE vdouble from_zero(vdouble x) const {
@@ -45,14 +45,14 @@ struct Blocks {
     for (int by = 1; by < kSteps; by *= 2) {
       const vdouble partner = shifted<kReverse>(x, vdouble{}, by);
       x = multiply_add(coefficient, coefficient > 0. ? partner : vdouble{}, x);
-      coefficient = product(coefficient, shifted<kReverse>(coefficient, vdouble{} + 1., by));
+      coefficient = product(coefficient, shifted<kReverse>(coefficient, splat_double(1.), by));
     }
     *reached = coefficient;
     return x;
   }
 
   // What one block hands to the next.
-  PPOK_INLINE vdouble edge(vdouble x) const { return spread_edge<kReverse>(x); }
+  static PPOK_INLINE vdouble edge(vdouble x) { return spread_edge<kReverse>(x); }
 
   // Scans n steps from zero, in place. Zeros that the scan meets first stay zeros, and shift no
   // block: padding does not change the bits of what it pads.
@@ -62,6 +62,8 @@ struct Blocks {
       while (n && x[n - 1] == 0.) --n;
     else
       for (; n && *x == 0.; ++x, ++coefficient) --n;
+    const Blocks blocks = *this;  // in registers, whatever is written
+    const vdouble across = splat_double(blocks.across);
     vdouble carry{};
     for (int64_t done = 0; done < n; done += kSteps) {
       const int64_t count = n - done < kSteps ? n - done : kSteps;
@@ -81,10 +83,10 @@ struct Blocks {
         y = multiply_add(reached, reached > 0. ? carry : vdouble{}, y);
         carry = edge(y);
       } else {
-        y = from_zero(delta);
+        y = blocks.from_zero(delta);
         const vdouble handed = edge(y);
-        y = multiply_add(reach, carry, y);
-        carry = multiply_add(vdouble{} + across, carry, handed);
+        y = multiply_add(blocks.reach, carry, y);
+        carry = multiply_add(across, carry, handed);
       }
       if (whole) {
         store_doubles(at, y);

@@ -159,6 +159,10 @@ struct Pass {
   template <class Kernel>
   PPOK_INLINE void step(const Tile& tile, int64_t i, Kernel& kernel, Sum<T>& weighted) const {
     const V zero{};
+    // Tiles are about a page long, and the hardware's prefetcher stops at its end.
+    __builtin_prefetch(tile.live + i + kTile);
+    __builtin_prefetch(tile.target + i + kTile);
+    if (tile.constant) __builtin_prefetch(tile.constant + i + kTile);
     const Mask live = tile.mask ? L::nonzero(tile.mask + i) : zero == zero;
     // Selected away, never multiplied away: what lies under the mask may be anything.
     const V x = live ? L::load(tile.live + i) : zero;

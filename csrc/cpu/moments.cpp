@@ -48,9 +48,8 @@ template <class T>
 Tally block_sum(const View& x, const View& mask, int64_t cols, int64_t from, int64_t n) {
   const Tile<T> tile(x, cols, from, n);
   const LiveTile live(mask, cols, from, n);
-  const double sum = sum_live(live, n, [&](int64_t i) __attribute__((always_inline)) {
-    return widen(tile.data + i);
-  });
+  const double sum = sum_live(
+      live, n, [&](int64_t i) __attribute__((always_inline)) { return widen(tile.at(i)); });
   return {count_live(live, n), sum};
 }
 
@@ -146,9 +145,8 @@ Moments block_moments(const View& x, const View& mask, int64_t cols, int64_t fro
   while (!live.data[first]) ++first;
 
   const double pivot = tile.data[first];
-  const double gaps = sum_live(live, n, [&](int64_t i) __attribute__((always_inline)) {
-    return widen(tile.data + i) - pivot;
-  });
+  const double gaps = sum_live(
+      live, n, [&](int64_t i) __attribute__((always_inline)) { return widen(tile.at(i)) - pivot; });
   const double mean = pivot + gaps / count;
   const double m2 = sum_live(live, n, [&](int64_t i) __attribute__((always_inline)) {
     const vdouble gap = widen(tile.data + i) - mean;

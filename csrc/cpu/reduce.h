@@ -63,7 +63,13 @@ struct Tile {
   const T* data;
   Tile(const View& v, int64_t cols, int64_t from, int64_t n)
       : data(padded(read_flat(v, cols, from, n, buffer), n, buffer)) {}
-  PPOK_INLINE typename Lanes<T>::V operator[](int64_t i) const { return Lanes<T>::load(data + i); }
+  PPOK_INLINE typename Lanes<T>::V operator[](int64_t i) const { return Lanes<T>::load(at(i)); }
+  // Element i; the one a block later is fetched meanwhile, as the hardware's prefetcher stops at
+  // the end of every page.
+  PPOK_INLINE const T* at(int64_t i) const {
+    __builtin_prefetch(data + i + kBlock);
+    return data + i;
+  }
 };
 
 // One block of the mask, dead behind it; an absent mask is live everywhere.

@@ -25,6 +25,7 @@ namespace {
 
 constexpr int64_t kChunk = 1024;
 constexpr int kChains = 2;
+constexpr int64_t kAhead = 1024;          // tokens that are fetched before their turn comes
 constexpr int kSteps = kLanes / 2;        // of a block
 constexpr int64_t kSerialTokens = 16384;  // below, a second thread costs more than it gives
 
@@ -534,10 +535,15 @@ class Direct {
       x = kComplete ? mul_add(power[end - 1], carried, delta) : delta;
       write(end - 1, x);
     }
+    const Blocks<true> blocks = blocks_;  // in registers, whatever is written
+    const vdouble gamma = splat_double(gamma_), across = splat_double(blocks.across),
+                  carried_in = splat_double(carried);
     vdouble carry{};
     for (int64_t left = end; left; left -= left < kSteps ? left : kSteps) {
       const int64_t count = left < kSteps ? left : kSteps, at = left - count;
       const bool inner = count == kSteps && left < n;
+      __builtin_prefetch(r + at - kAhead);
+      __builtin_prefetch(v + at - kAhead);
       T edge[3][kSteps] = {};  // of a block that is not whole, or has no step behind it
       const int64_t into = kSteps - count;
       if (!inner) {
@@ -549,12 +555,11 @@ class Direct {
       const vdouble reward = widen(inner ? r + at : edge[0]),
                     value = widen(inner ? v + at : edge[1]),
                     next = widen(inner ? v + at + 1 : edge[2]);
-      const vdouble local =
-          blocks_.from_zero(multiply_add(vdouble{} + gamma_, next, reward - value));
-      vdouble y = multiply_add(blocks_.reach, carry, local);
-      carry = multiply_add(vdouble{} + blocks_.across, carry, blocks_.edge(local));
+      const vdouble local = blocks.from_zero(multiply_add(gamma, next, reward - value));
+      vdouble y = multiply_add(blocks.reach, carry, local);
+      carry = multiply_add(across, carry, blocks.edge(local));
       if (count == kSteps) {
-        if (kComplete) y = multiply_add(load_doubles(power + at), vdouble{} + carried, y);
+        if (kComplete) y = multiply_add(load_doubles(power + at), carried_in, y);
         if (kWrite && advantages) narrow(advantages + at, y);
         if (kWrite && returns) narrow(returns + at, y + value);
         x = y[0];

@@ -211,6 +211,8 @@ PPOK_INLINE vdouble multiply_add(vdouble a, vdouble b, vdouble c) {
 #endif
 }
 
+PPOK_INLINE vdouble splat_double(double x) { return x - vdouble{}; }
+
 PPOK_INLINE vdouble widen(const double* p) { return load_doubles(p); }
 PPOK_INLINE void narrow(double* p, vdouble x) { store_doubles(p, x); }
 #if defined(PPOK_ISA_AVX512)
@@ -255,7 +257,7 @@ PPOK_INLINE vdouble spread_edge(vdouble x) {
   return kFirst ? _mm512_broadcastsd_pd(_mm512_castpd512_pd128(x))
                 : _mm512_permutexvar_pd(_mm512_set1_epi64(7), x);
 #else
-  return vdouble{} + x[kFirst ? 0 : kLanes / 2 - 1];
+  return x[kFirst ? 0 : kLanes / 2 - 1] - vdouble{};
 #endif
 }
 
