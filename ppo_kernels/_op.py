@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from . import cpu
+from . import _faults, cpu, triton
 
 
 class Backend(NamedTuple):
@@ -40,6 +40,7 @@ class Backend(NamedTuple):
 # In the order `auto` prefers them. The reference runs wherever torch does.
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(("cpu",), cpu.UNAVAILABLE),
+    "triton": Backend(("cuda",), triton.UNAVAILABLE),
     "torch": Backend((), None),
 }
 OPS: dict[str, Op] = {}
@@ -175,8 +176,11 @@ class Op:
         device = next(a.device for a in args if isinstance(a, torch.Tensor))
         if device.type == "cuda":
             with torch.cuda.device(device):
-                return kernel(*args[:-1])
-        return kernel(*args[:-1])
+                result = kernel(*args[:-1])
+        else:
+            result = kernel(*args[:-1])
+        _faults.check_in_debug_mode(device)
+        return result
 
     def _not_differentiable(self, *args: Any) -> Any:
         if torch.is_grad_enabled():

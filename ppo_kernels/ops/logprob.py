@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
 from ..cpu import logprob as cpu
+from ..triton import kernel as triton
 
 
 class LogProbs(NamedTuple):
@@ -301,6 +302,7 @@ _FORWARD = Op(
     fake=_fake_forward,
     autograd=_autograd,
     cpu=lambda *args: cpu.logprob_forward(*args[:-1]),
+    triton=triton("logprob", "logprob_forward"),
 )
 _BACKWARD_SCHEMA = (
     "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor{} logits, Tensor tokens, Tensor? mask, "
@@ -313,6 +315,7 @@ _BACKWARD = Op(
     function="logprobs_from_logits",
     fake=_fake_backward,
     cpu=cpu.logprob_backward,
+    triton=triton("logprob", "logprob_backward"),
 )
 _BACKWARD_INPLACE = Op(
     "logprob_backward_",
@@ -320,4 +323,5 @@ _BACKWARD_INPLACE = Op(
     function="logprobs_from_logits",
     fake=lambda *args: None,
     cpu=cpu.logprob_backward_,
+    triton=triton("logprob", "logprob_backward_"),
 )
