@@ -1,6 +1,6 @@
 """Triton's interpreter, repaired so that kernels can be judged by what it computes. Tests only.
 
-`install` is called by conftest.py where TRITON_INTERPRET=1, and makes the `triton` backend serve CPU
+`install` (by conftest.py, where TRITON_INTERPRET=1) also makes the `triton` backend serve CPU
 tensors. What is repaired, and why (Triton 3.7):
 
 - fp32 to bf16 is truncated; hardware and torch round to nearest even.
@@ -12,17 +12,19 @@ tensors. What is repaired, and why (Triton 3.7):
 - Reductions and scans by a function of one's own run in serial order, where a function that is not
   associative passes; here they run as trees, as on hardware, and 20 times faster.
 - Lanes a load masks off without ``other`` are 0; on hardware they are anything. Here: NaN, or 77.
+- 32-bit integers wrap around unnoticed.
 - Nothing notices an address outside of every argument; here `OutOfBounds` is raised, also for the
   gaps between the elements of a strided tensor.
 - Arguments are copied to and fro, by whole storages; here they are used where they lie.
 - The language is patched and restored around every call; here once, for good.
 
-Integers that overflow are caught by the interpreter itself. Races, barriers and memory order it
-cannot show; neither can it show what `exp2` or `log` give on hardware.
+Races, barriers and memory order it cannot show; neither can it show what `exp2` or `log` give on
+hardware, nor how a sum depends on the registers that hold it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,12 +66,29 @@ def _convert_float(original):
     return convert
 
 
-def _refusing_bf16(original):
-    def operation(self, *args):
-        for arg in args:
-            if isinstance(arg, TensorHandle) and arg.dtype.scalar == tl.bfloat16:
-                raise TypeError("arithmetic in bf16: widen after the load")
-        return original(self, *args)
+def _refuse_bf16(*operands):
+    for operand in operands:
+        if operand.dtype.scalar == tl.bfloat16:
+            raise TypeError("arithmetic in bf16: widen after the load")
+
+
+def _unary(original):
+    def operation(self, arg, op):
+        _refuse_bf16(arg)
+        return original(self, arg, op)
+
+    return operation
+
+
+def _binary(original):
+    def operation(self, lhs, rhs, op):
+        _refuse_bf16(lhs, rhs)
+        result = original(self, lhs, rhs, op)
+        if op in (np.add, np.subtract, np.multiply) and lhs.dtype.scalar == tl.int32:
+            exact = op(lhs.data.astype(np.int64), rhs.data.astype(np.int64))
+            if not np.array_equal(exact, result.data):
+                raise OverflowError(f"{op.__name__} overflows 32 bits: widen an operand before it")
+        return result
 
     return operation
 
@@ -128,18 +147,17 @@ def _tree_reduce(self, values):
 
 def _tree_scan(self, values):
     """Doubling: after k steps an element holds the combination of the 2^k up to itself."""
-    axis, arrays = self.axis, [v.handle.data for v in values]
-    n, step = arrays[0].shape[axis], 1
-    while step < n:
-        earlier = [np.take(a, range(n - step), axis) for a in arrays]
-        later = [np.take(a, range(step, n), axis) for a in arrays]
-        combined = _combine(self.combine_fn, earlier, later, values)
-        arrays = [
-            np.concatenate([np.take(a, range(step), axis), c], axis)
-            for a, c in zip(arrays, combined, strict=True)
-        ]
+    arrays, step = [np.moveaxis(v.handle.data, self.axis, -1) for v in values], 1
+    places = np.arange(arrays[0].shape[-1])
+    while step < places.size:
+        earlier = [np.roll(a, step, -1) for a in arrays]
+        combined = _combine(self.combine_fn, earlier, arrays, values)
+        arrays = [np.where(places < step, a, c) for a, c in zip(arrays, combined, strict=True)]
         step *= 2
-    return [self.to_tensor(a, v.dtype) for a, v in zip(arrays, values, strict=True)]
+    return [
+        self.to_tensor(np.moveaxis(a, -1, self.axis), v.dtype)
+        for a, v in zip(arrays, values, strict=True)
+    ]
 
 
 # ---- arguments and bounds ------------------------------------------------------------------------
@@ -237,8 +255,11 @@ def install() -> None:
     interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
     builder = InterpreterBuilder
     interpreter._convert_float = _convert_float(interpreter._convert_float)
-    builder.binary_op = _refusing_bf16(builder.binary_op)
-    builder.unary_op = _refusing_bf16(builder.unary_op)
+    interpreter.interpreter_builder.options = replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
+    builder.binary_op = _binary(builder.binary_op)
+    builder.unary_op = _unary(builder.unary_op)
     builder.create_fma = _fma
     for name, operation in (("max", np.fmax), ("min", np.fmin)):
         setattr(builder, f"create_{name}numf", _extremum(operation))

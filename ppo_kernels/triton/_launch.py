@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ._configs import Config
 
+# Only NVIDIA's compiler takes a limit of registers.
+NVIDIA = torch.version.hip is None
 # Programs that fill a device which cannot be asked.
 _PROCESSORS = 132
 
@@ -26,9 +28,10 @@ _PROCESSORS = 132
 def launch(kernel: Any, programs: int, *args: Any, config: Config, **constants: Any) -> None:
     """Run `programs` programs of `kernel` on the current device and stream."""
     if programs:
-        kernel[(programs,)](
-            *args, **constants, num_warps=config.num_warps, enable_fp_fusion=False
-        )  # fmt: skip
+        options = {"num_warps": config.num_warps, "enable_fp_fusion": False}
+        if NVIDIA:
+            options["maxnreg"] = config.max_registers
+        kernel[(programs,)](*args, **constants, **options)
 
 
 @lru_cache

@@ -27,6 +27,15 @@ def report_fault(faults, position, kind):
 
 
 @triton.jit
+def position(i, cols):
+    """Flat position i of [B, T], its row and its column, for 64-bit offsets.
+
+    Divided in 32 bits, which the grid is limited to anyway: 64 take a call that spills.
+    """
+    return i.to(tl.int64), (i // cols).to(tl.int64), (i % cols).to(tl.int64)
+
+
+@triton.jit
 def tree_sum(x):
     """The sum of a block [2^k], in one order whatever registers hold it.
 
@@ -49,6 +58,15 @@ def exp2_of_double(y, DTYPE: tl.constexpr):
         whole = tl.floor(y + 0.5)
         result = tl.exp2((y - whole).to(tl.float32)) * tl.exp2(whole.to(tl.float32))
     return result
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x of an fp64 x > 0, within an ulp or two: dividing in fp64 takes a call, which spills."""
+    r = (1.0 / x.to(tl.float32)).to(tl.float64)
+    for _ in tl.static_range(2):  # Newton's steps double the digits
+        r = tl.where(r < INF, r * (2.0 - x * r), r)
+    return r
 
 
 @triton.jit

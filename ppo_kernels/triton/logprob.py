@@ -31,6 +31,8 @@ from ._math import (
     exp2_of_double,
     expm1,
     log1p,
+    position,
+    reciprocal,
     report_fault,
     sech2,
     tanh,
@@ -56,7 +58,7 @@ _UNSPECIALIZED = (
 @triton.jit
 def _read_row(
     row, col, vocab, tokens, tokens_b, tokens_t, mask, mask_b, mask_t,
-    temperatures, temperatures_b, temperatures_t, ignore_index, gain: tl.float64,
+    temperatures, temperatures_b, temperatures_t, ignore_index, gain,
 ):  # fmt: skip
     """What a position is (skipped, live, or its fault negated), its token and its gain."""
     kind = _LIVE
@@ -70,12 +72,12 @@ def _read_row(
         t = tl.load(temperatures + row * temperatures_b + col * temperatures_t).to(tl.float64)
         bad = (kind == _LIVE) & ~((t > 0.0) & (t < INF))
         kind = tl.where(bad, -BAD_TEMPERATURE, kind)
-        gain = gain / t
+        gain = gain * reciprocal(t)
     return kind, token, gain
 
 
 @triton.jit
-def _transform(x, inner: tl.float64, outer: tl.float64, SOFTCAP: tl.constexpr):
+def _transform(x, inner, outer, SOFTCAP: tl.constexpr):
     """Logits to u."""
     if SOFTCAP:
         x = tl.cast(outer, x.dtype) * tanh(x * tl.cast(inner, x.dtype))
@@ -152,7 +154,7 @@ def _merge(
 
 @triton.jit
 def _finish(o_max, o_at_max, o_rest, o_slope, target, gain, DTYPE: tl.constexpr):
-    """log p, entropy and the state (maximum, log of the sum, mean of z - maximum) of a row."""
+    """Log p, entropy and the state (maximum, log of the sum, mean of z - maximum) of a row."""
     hopeless = (target == INF) | (o_max == INF) | ((target == -INF) & (o_max == -INF))
     target = tl.where(hopeless, float("nan"), target)
     mass = o_at_max + o_rest
@@ -165,15 +167,13 @@ def _finish(o_max, o_at_max, o_rest, o_slope, target, gain, DTYPE: tl.constexpr)
     small = tl.where(unlikely, tl.exp(-log_odds), odds)
     logprob = 0.0 - (tl.where(unlikely, log_odds, 0.0) + log1p(small))
     t_at_max = tl.where(target == -INF, 0.0, 1.0).to(DTYPE)
-    t_rest = tl.where(target != target, target, 0.0)
+    t_rest = tl.where(tl.abs(target) <= INF, 0.0, target)  # NaN stays
     highest, at_max, rest, slope = _merge(
         o_max, o_at_max, o_rest, o_slope, target, t_at_max, t_rest, tl.full([], 0.0, DTYPE),
         gain, DTYPE,
     )  # fmt: skip
     alone = at_max == 1.0
-    log_sum = tl.where(
-        alone & (rest <= 1.0), log1p(rest), tl.log(at_max + rest)
-    )
+    log_sum = tl.where(alone & (rest <= 1.0), log1p(rest), tl.log(at_max + rest))
     mean = slope * LN2 / (at_max + rest)
     return logprob, log_sum - mean, highest, log_sum, mean
 
@@ -210,8 +210,7 @@ def forward_kernel(
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One program per row."""
-    i = tl.program_id(0).to(tl.int64)
-    row, col = i // cols, i % cols
+    i, row, col = position(tl.program_id(0), cols)
     kind, token, gain = _read_row(
         row, col, vocab, tokens, tokens_b, tokens_t, mask, mask_b, mask_t,
         temperatures, temperatures_b, temperatures_t, ignore_index, gain,
@@ -236,9 +235,7 @@ def forward_kernel(
     logprob, entropy, highest, log_sum, mean = _finish(
         highest, at_max, rest, slope, target, gain, DTYPE
     )
-    _write_row(
-        i, logprobs, entropies, state, logprob, entropy, highest, log_sum, mean, ENTROPY
-    )
+    _write_row(i, logprobs, entropies, state, logprob, entropy, highest, log_sum, mean, ENTROPY)
 
 
 @triton.jit(do_not_specialize=(*_UNSPECIALIZED, "segments"))
@@ -250,9 +247,9 @@ def segments_kernel(
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One program per segment: its sums, for merge_kernel."""
-    program = tl.program_id(0).to(tl.int64)
-    i, segment = program // segments, (program % segments).to(tl.int32)
-    row, col = i // cols, i % cols
+    program = tl.program_id(0)
+    segment = program % segments
+    i, row, col = position(program // segments, cols)
     kind, token, gain = _read_row(
         row, col, vocab, tokens, tokens_b, tokens_t, mask, mask_b, mask_t,
         temperatures, temperatures_b, temperatures_t, ignore_index, gain,
@@ -265,7 +262,7 @@ def segments_kernel(
         logits, logits_v, begin, tl.minimum(begin + SEGMENT, vocab), token, gain, inner, outer,
         BLOCK, ENTROPY, SOFTCAP, DTYPE,
     )  # fmt: skip
-    sums += 4 * program
+    sums += 4 * (i * segments + segment)
     tl.store(sums, highest)
     tl.store(sums + 1, at_max)
     tl.store(sums + 2, rest)
@@ -280,8 +277,7 @@ def merge_kernel(
     ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One program per row, after segments_kernel."""
-    i = tl.program_id(0).to(tl.int64)
-    row, col = i // cols, i % cols
+    i, row, col = position(tl.program_id(0), cols)
     kind, token, gain = _read_row(
         row, col, vocab, tokens, tokens_b, tokens_t, mask, mask_b, mask_t,
         temperatures, temperatures_b, temperatures_t, ignore_index, gain,
@@ -305,9 +301,7 @@ def merge_kernel(
     logprob, entropy, highest, log_sum, mean = _finish(
         highest, at_max, rest, slope, target, gain, DTYPE
     )
-    _write_row(
-        i, logprobs, entropies, state, logprob, entropy, highest, log_sum, mean, ENTROPY
-    )
+    _write_row(i, logprobs, entropies, state, logprob, entropy, highest, log_sum, mean, ENTROPY)
 
 
 @triton.jit(do_not_specialize=(*_UNSPECIALIZED, "blocks", "g_b", "g_t", "h_b", "h_t"))
@@ -320,9 +314,9 @@ def backward_kernel(
     BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One program per block of a row. grad_logits may be logits: a program reads, then writes."""
-    program = tl.program_id(0).to(tl.int64)
-    i, block = program // blocks, (program % blocks).to(tl.int32)
-    row, col = i // cols, i % cols
+    program = tl.program_id(0)
+    block = program % blocks
+    i, row, col = position(program // blocks, cols)
     kind, token, gain = _read_row(
         row, col, vocab, tokens, tokens_b, tokens_t, mask, mask_b, mask_t,
         temperatures, temperatures_b, temperatures_t, ignore_index, gain,
@@ -395,16 +389,16 @@ class _Rows:
         }
 
 
-def logprob_forward(
-    logits: Tensor, tokens: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def logprob_forward(logits: Tensor, tokens: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *settings, entropy, _ = args
     dtype = _checks.compute_dtype(logits)
     logprobs = logits.new_empty(tokens.shape, dtype=dtype)
     entropies = logits.new_empty(tokens.shape if entropy else (0,), dtype=dtype)
     state = logits.new_empty((*tokens.shape, 3), dtype=dtype)
     call = _Rows(logits, tokens, *settings)
-    config = _configs.LOGPROB_FORWARD.choose(call.vocab)
+    wide = logits.dtype == torch.float64
+    table = _configs.LOGPROB_FORWARD_FP64 if wide else _configs.LOGPROB_FORWARD
+    config = table.choose(call.vocab)
     constants = call.constants | {"ENTROPY": entropy}
     tiles = {"SEGMENT": config.segment, "BLOCK": config.block}
     results = (logprobs, entropies, state, _faults.flag(logits.device))
@@ -450,14 +444,13 @@ def _logprob_backward(
     state: Tensor,
     *settings: Any,
 ) -> None:
-    in_place = grad_logits is logits
-    if in_place and logits.dim() > 3:
-        logits = grad_logits = logits.view(-1, *logits.shape[-2:])
-        tokens, mask, temperatures = two_leading_each(tokens, mask, temperatures)
     call = _Rows(logits, tokens, mask, temperatures, *settings)
-    grad_logits = two_leading(grad_logits, 1)
+    if logits.dim() > 3:  # in place, a copy would lose the gradient
+        grad_logits = grad_logits.view(-1, *logits.shape[-2:])
     grad_logprobs, grad_entropy = two_leading_each(grad_logprobs, grad_entropy)
-    config = _configs.LOGPROB_BACKWARD.choose(call.vocab)
+    wide = logits.dtype == torch.float64
+    table = _configs.LOGPROB_BACKWARD_FP64 if wide else _configs.LOGPROB_BACKWARD
+    config = table.choose(call.vocab)
     blocks = triton.cdiv(call.vocab, config.block)
     launch(
         backward_kernel, call.rows * blocks, grad_logprobs, *strides(grad_logprobs), grad_entropy,
