@@ -1,6 +1,7 @@
 """Compiled for GPUs that are not here: what the public functions launch, and the records of it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,15 @@ def test_the_pinned_triton_is_the_recorded_one():
         assert f'"triton=={ladder.record(family)["triton"]}"' in pyproject
     if triton.__version__ not in pyproject:
         pytest.skip(f"triton {triton.__version__} is installed, not the pinned one")
+
+
+def test_sums_do_not_follow_the_registers():
+    """tl.sum, tl.cumsum and tl.dot add in the order of the layout, hence of the alignment."""
+    for path in ladder.SOURCES.glob("*.py"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            code, _, comment = line.partition("#")
+            if re.search(r"\btl\.(sum|cumsum|dot)\(", code):
+                assert "exact" in comment, f"{path.name}:{number}: use tree_sum, or say why not"
 
 
 GOOD = {"registers": 64, "local": 0, "shared": 1024, "wide_loads": 2, "wide_stores": 1}

@@ -126,7 +126,8 @@ def _sum_segment(
             slope += tl.where(e == 0.0, 0.0, e * y)
         else:
             rest += e
-    return highest, tl.sum(at_max, axis=0), tree_sum(rest), tree_sum(slope)
+    count = tl.sum(at_max, axis=0)  # whole numbers: exact in any order
+    return highest, count, tree_sum(rest), tree_sum(slope)
 
 
 @triton.jit
