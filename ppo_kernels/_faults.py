@@ -10,6 +10,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _checks
 
@@ -24,7 +25,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 def flag(device: torch.device) -> Tensor:
-    """The device's flag. It is made by the first call on the device, outside of any capture."""
+    """The device's flag, made when first asked for, outside of any capture."""
     found = _flags.get(device)
     if found is not None:
         return found
@@ -34,6 +35,13 @@ def flag(device: torch.device) -> Tensor:
             "must not capture; call ppo_kernels.check(device) before the capture"
         )
     return _flags.setdefault(device, torch.full((), NONE, dtype=torch.int64, device=device))
+
+
+def prepare(device: torch.device) -> None:
+    """While a graph is traced: its first run may be inside a capture, or in a capture's memory."""
+    if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_initialized()):
+        with _disable_current_modes():
+            flag(device)
 
 
 def check(device: torch.device | str | int | None = None) -> None:

@@ -140,9 +140,8 @@ class Op:
         _LIBRARY.define(f"{name}{arguments}, str backend) -> {returns}")
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(name, self._run, key)
-        torch.library.register_fake(
-            f"ppo_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY
-        )
+        self.fake = fake
+        torch.library.register_fake(f"ppo_kernels::{name}", self._run_fake, lib=_LIBRARY)
         _LIBRARY.impl(name, autograd or self._not_differentiable, "Autograd")
         self._overload = getattr(torch.ops.ppo_kernels, name).default
         OPS[name] = self
@@ -173,7 +172,7 @@ class Op:
         backend = args[-1]
         kernel = self.kernels[backend]
         _counts[self.name, backend] += 1
-        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        device = _device(args)
         if device.type == "cuda":
             with torch.cuda.device(device):
                 result = kernel(*args[:-1])
@@ -182,10 +181,19 @@ class Op:
         _faults.check_in_debug_mode(device)
         return result
 
+    def _run_fake(self, *args: Any) -> Any:
+        if "cuda" in BACKENDS[args[-1]].devices:
+            _faults.prepare(_device(args))
+        return self.fake(*args[:-1])
+
     def _not_differentiable(self, *args: Any) -> Any:
         if torch.is_grad_enabled():
             raise_if_recorded(self.name, args)
         return self.below(*args)
+
+
+def _device(args: Sequence[Any]) -> torch.device:
+    return next(a.device for a in args if isinstance(a, torch.Tensor))
 
 
 def raise_if_recorded(name: str, args: Sequence[Any]) -> None:

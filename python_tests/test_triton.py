@@ -185,6 +185,27 @@ def test_capture_refuses_what_must_wait(no_faults, monkeypatch):
         pk.check()
 
 
+def test_tracing_a_graph_allocates_the_flag(no_faults):
+    """Its first run may be in memory that belongs to a CUDA graph."""
+    logits, tokens = example(3, 40)
+    seen = []
+
+    def compiler(graph, inputs):
+        seen.extend(_faults._flags.values())
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda x, t: pk.logprobs_from_logits(x, t, backend="triton"),
+        fullgraph=True,
+        backend=compiler,
+    )
+    compiled(logits, tokens)
+    (flag,) = seen
+    assert type(flag) is torch.Tensor
+    assert flag.item() == _faults.NONE
+    assert list(_faults._flags) == [logits.device]
+
+
 # ---- launches ------------------------------------------------------------------------------------
 
 
