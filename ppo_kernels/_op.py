@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from . import _faults, cpu, triton
 
@@ -47,6 +49,17 @@ OPS: dict[str, Op] = {}
 
 _LIBRARY = torch.library.Library("ppo_kernels", "DEF")
 _counts: Counter[tuple[str, str]] = Counter()
+# Asked in every call, in tens of nanoseconds each: what could want to see an op, unless empty.
+_OBSERVERS: tuple[Callable[[], Any], ...] = (
+    torch.compiler.is_compiling,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._functorch.peek_interpreter_stack,
+    torch._C._get_tracing_state,
+    torch.autograd._profiler_enabled,  # type: ignore[attr-defined]
+)
+_keys_of = torch._C._dispatch_keys
+_PLAIN_KEYS = {_keys_of(torch.empty(0)).raw_repr()}
 _chosen: list[str] = [os.environ.get("PPO_KERNELS_BACKEND") or "auto"]
 
 
@@ -82,6 +95,24 @@ def op_counts() -> dict[tuple[str, str], int]:
 def reset_op_counts() -> None:
     """Set all counts of `op_counts` back to zero."""
     _counts.clear()
+
+
+def _dispatch_changes_nothing(args: Sequence[Any]) -> bool:
+    """Whether the dispatcher would only call our functions, which takes longer than most kernels.
+
+    So it is for plain strided tensors (no subclass, wrapper, lazy conjugate or negative, functorch
+    level) while no mode, transform, trace or profiler wants to see the op.
+    """
+    for observed in _OBSERVERS:
+        if observed():
+            return False
+    for a in args:
+        if isinstance(a, Tensor) and (
+            (type(a) is not Tensor and type(a) is not Parameter)
+            or _keys_of(a).raw_repr() not in _PLAIN_KEYS
+        ):
+            return False
+    return True
 
 
 def count(op: str, backend: str) -> None:
@@ -136,21 +167,30 @@ class Op:
         self.name = name
         self.function = function
         self.kernels = kernels
+        self._autograd = autograd or self._not_differentiable
         arguments, returns = schema.split(") -> ")
         _LIBRARY.define(f"{name}{arguments}, str backend) -> {returns}")
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(name, self._run, key)
         self.fake = fake
         torch.library.register_fake(f"ppo_kernels::{name}", self._run_fake, lib=_LIBRARY)
-        _LIBRARY.impl(name, autograd or self._not_differentiable, "Autograd")
+        _LIBRARY.impl(name, self._autograd, "Autograd")
         self._overload = getattr(torch.ops.ppo_kernels, name).default
         OPS[name] = self
 
     def __call__(self, *args: Any) -> Any:
-        return self._overload(*args)
+        if not _dispatch_changes_nothing(args):
+            return self._overload(*args)
+        if torch.is_grad_enabled():
+            for a in args:
+                if isinstance(a, Tensor) and a.requires_grad:
+                    return self._autograd(*args)
+        return self._run(*args)
 
     def below(self, *args: Any) -> Any:
         """The op itself, without autograd: for use inside an autograd.Function."""
+        if _dispatch_changes_nothing(args):
+            return self._run(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload(*args)
 
@@ -172,6 +212,8 @@ class Op:
         backend = args[-1]
         kernel = self.kernels[backend]
         _counts[self.name, backend] += 1
+        if backend == "cpu":
+            return kernel(*args[:-1])
         device = _device(args)
         if device.type == "cuda":
             with torch.cuda.device(device):
@@ -193,11 +235,11 @@ class Op:
 
 
 def _device(args: Sequence[Any]) -> torch.device:
-    return next(a.device for a in args if isinstance(a, torch.Tensor))
+    return next(a.device for a in args if isinstance(a, Tensor))
 
 
 def raise_if_recorded(name: str, args: Sequence[Any]) -> None:
-    if any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+    if any(isinstance(a, Tensor) and a.requires_grad for a in args):
         raise RuntimeError(f"ppo_kernels::{name} is not differentiable: an input requires grad")
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppo_kernels as pk
 
@@ -85,3 +86,51 @@ def test_autocast_and_inference_mode_change_nothing():
     for e, a, i in zip(expected, under_autocast, inferred, strict=True):
         assert torch.equal(e, a)
         assert torch.equal(e, i)
+
+
+# ---- eager calls that go past the dispatcher -----------------------------------------------------
+
+
+def test_modes_see_every_op():
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    logits = torch.randn(3, 20, requires_grad=True)
+    with Watch():
+        pk.logprobs_from_logits(logits, torch.tensor([1, 2, 3])).sum().backward()
+    ops = torch.ops.ppo_kernels
+    assert {ops.logprob_forward.default, ops.logprob_backward.default} <= set(seen)
+
+
+def test_the_profiler_sees_every_op():
+    logits = torch.randn(3, 20, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        pk.logprobs_from_logits(logits, torch.tensor([1, 2, 3])).sum().backward()
+    names = {event.name for event in profile.events()}
+    assert {"ppo_kernels::logprob_forward", "ppo_kernels::logprob_backward"} <= names
+
+
+@pytest.mark.parametrize("lazy", ["negative", "functorch", "subclass", "zero"])
+def test_tensors_that_are_not_what_their_memory_says(lazy):
+    """Kernels read memory; the dispatcher makes it say what the tensor means."""
+    x = torch.randn(4, 6)
+    if lazy == "negative":
+        given = torch.complex(x, -x).conj().imag
+        assert given.is_neg()
+        torch.testing.assert_close(pk.masked_sum(given), x.sum())
+    elif lazy == "functorch":
+        got = torch.func.vmap(lambda row: pk.kl_penalty(row, torch.zeros(6)))(x)
+        torch.testing.assert_close(got, x)
+    elif lazy == "subclass":
+
+        class Named(torch.Tensor):
+            pass
+
+        assert type(pk.masked_sum(x.as_subclass(Named))) is Named
+    else:
+        zeros = torch._efficientzerotensor((4, 6))
+        torch.testing.assert_close(pk.kl_penalty(zeros, x), -x)

@@ -106,7 +106,11 @@ def test_gradient_of_a_sure_target_in_bf16(name):
 @pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_fp32_rounded_once_to_nearest_even(name, dtype):
-    """Truncation would stay within an ulp and bias every update."""
+    """Truncation would stay within an ulp and bias every update.
+
+    Half and single rows are summed in different orders, so a few gradients next to a tie may round
+    to the other side of it.
+    """
     logits, tokens = example(6, 5003, dtype=dtype)
     logits[3], logits[4, 7] = torch.nan, -torch.inf
     with executor(name):
@@ -114,7 +118,10 @@ def test_half_precision_is_fp32_rounded_once_to_nearest_even(name, dtype):
         singles = gradient(logits.float(), tokens, entropy=True)
     if dtype == torch.float16:  # with subnormal halves among them
         assert singles[:3].abs().min() < torch.finfo(dtype).smallest_normal
-    torch.testing.assert_close(halves, singles.to(dtype), rtol=0, atol=0, equal_nan=True)
+    rounded = singles.to(dtype)
+    same = (halves == rounded) | (halves.isnan() & rounded.isnan())
+    assert same.float().mean() > 0.999
+    torch.testing.assert_close(halves, rounded, rtol=0.01, atol=1e-7, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", EXECUTORS)
@@ -126,6 +133,41 @@ def test_logits_near_a_thousand(name):
         near = gradient(shifted - 1024, tokens)
         far = gradient(shifted, tokens)
     torch.testing.assert_close(far, near, rtol=2e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_logits_near_the_largest_float(name, entropy):
+    """Scaling them before the maximum is taken away would overflow."""
+    logits = torch.full((2, 5000), -3e38)
+    logits[:, 4500], logits[:, 4501], logits[:, 7] = 3e38, 3e38, 1e38
+    tokens = torch.tensor([4500, 7])
+    half = math.log(0.5)
+    with executor(name):
+        got = pk.logprobs_from_logits(logits, tokens, temperature=0.5, entropy=entropy)
+        grad = gradient(logits, tokens, temperature=0.5, entropy=entropy)
+    logprobs = got.logprobs if entropy else got
+    torch.testing.assert_close(logprobs, torch.tensor([half, -torch.inf]), rtol=1e-6, atol=0)
+    if entropy:
+        torch.testing.assert_close(got.entropy, torch.tensor([-half, -half]), rtol=1e-6, atol=0)
+    expected = torch.zeros(2, 5000)
+    expected[0, 4500], expected[0, 4501] = 1, -1
+    expected[1, 4500], expected[1, 4501], expected[1, 7] = -1, -1, 2
+    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+@pytest.mark.parametrize("peaks", [[9000], [100, 9000], [9000, 9001], [4095, 4096]])
+@pytest.mark.parametrize("margin", [2.0, 9.0, 30.0])
+def test_entropy_of_peaked_rows_keeps_relative_accuracy(name, peaks, margin):
+    """Whichever chunk of the row holds the peak, and whether or not another chunk ties with it."""
+    logits, tokens = example(3, 12000, std=0.5)
+    logits[:, peaks] = logits.amax() + margin + math.log(12000)
+    exact = pk.logprobs_from_logits(logits.double(), tokens, entropy=True, backend="torch")
+    with executor(name):
+        got = pk.logprobs_from_logits(logits, tokens, entropy=True)
+    torch.testing.assert_close(got.entropy.double(), exact.entropy, rtol=2e-6, atol=0)
+    torch.testing.assert_close(got.logprobs.double(), exact.logprobs, rtol=2e-6, atol=0)
 
 
 # ---- bits ----------------------------------------------------------------------------------------

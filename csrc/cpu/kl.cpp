@@ -33,7 +33,7 @@ void value(const KlForward& a) {
     OutTile<T> kl(a.kl, from, n);
     for (int64_t i = 0; i < n; i += Lanes<T>::kWidth) {
       const auto d = clamp_ratio<T>(block.log_ratio(i), limit);
-      kl.set(i, block.where_live(i, kl_value<kEstimator, T>(d, Lanes<T>::exp)));
+      kl.set(i, block.where_live(i, kl_value<kEstimator, T>(d, Lanes<T>::exp_where)));
     }
     kl.write();
   });
@@ -48,7 +48,7 @@ void gradient(const KlBackward& a) {
     const Tile<T> upstream(a.grad_kl, a.cols, from, n);
     OutTile<T> grad(a.grad_logprobs, from, n);
     for (int64_t i = 0; i < n; i += Lanes<T>::kWidth) {
-      const V d = block.log_ratio(i), slope = kl_slope<kEstimator, T>(d, Lanes<T>::exp);
+      const V d = block.log_ratio(i), slope = kl_slope<kEstimator, T>(d, Lanes<T>::exp_where);
       grad.set(i, block.where_live(i, (d > limit) | (d < -limit) ? V{} : upstream[i] * slope));
     }
     grad.write();
@@ -63,7 +63,7 @@ void shape(const ShapeRewards& a, const Sequences& sequences) {
     OutTile<T> rewards(a.rewards, from, n), kl(a.kl, from, n);
     for (int64_t i = 0; i < n; i += Lanes<T>::kWidth) {
       const auto d = clamp_ratio<T>(block.log_ratio(i), limit);
-      const auto estimate = kl_value<kEstimator, T>(d, Lanes<T>::exp);
+      const auto estimate = kl_value<kEstimator, T>(d, Lanes<T>::exp_where);
       kl.set(i, block.where_live(i, estimate));
       rewards.set(i, block.where_live(i, estimate * -coef));
     }

@@ -1,9 +1,12 @@
 // Log-probability of one token per row of logits, with entropy, and its gradient.
 //
-// A row is cut at column 0, kChunk, 2 kChunk, ...; each chunk is summed against its own maximum
-// while it sits in the first-level cache, and the chunks are merged in order, in double. Cuts and
-// order depend on the vocabulary alone, so a row's bits do not depend on the batch, the thread
-// count, or on whether chunks or whole rows are shared out.
+// A row is cut into chunks from column 0 on; each chunk is summed against its own maximum,
+// and the chunks are merged in order, in double. Cuts and order depend on the vocabulary and the
+// dtype alone, so a row's bits do not depend on the batch, the thread count, or on whether chunks
+// or whole rows are shared out.
+//
+// The maximum of the next chunk is found while this one is summed: a chunk is in the first-level
+// cache when its turn comes, and memory is read at an even pace.
 #include "math/logprob.h"
 
 #include <stdlib.h>
@@ -15,8 +18,8 @@ namespace ppok {
 namespace PPOK_ISA {
 namespace {
 
-constexpr int64_t kChunk = 4096;
-constexpr int64_t kTile = 1024;  // backward is elementwise: three tiles fit the cache
+constexpr int64_t kChunkBytes = 16384;
+constexpr int64_t kBackwardChunk = 4096, kTile = 1024;  // elementwise: three tiles fit the cache
 constexpr int64_t kWorthThreads =
     1 << 16;  // elements below which waking the other threads costs more
 
@@ -24,100 +27,194 @@ constexpr int64_t kWorthThreads =
 
 constexpr int kWays = 4;  // independent chains of vectors, to hide the latency of each
 constexpr int kStep = kWays * kLanes;
-constexpr double kLog2E = 1.44269504088896340736;
+constexpr int kPrefetch = 8192;  // bytes ahead of the maximum
+constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 
-// The maximum of n values that `next(j)` gives as vectors, from column j on; NaN is passed over.
-template <class Next>
-PPOK_INLINE float highest(int64_t n, Next next) {
-  vfloat top[kWays];
-  for (vfloat& t : top) t = splat(-INFINITY);
-  int64_t j = 0;
-  for (; j + kStep <= n; j += kStep)
-    for (int k = 0; k < kWays; ++k) top[k] = max_or_second(next(j + k * kLanes), top[k]);
-  for (; j + kLanes <= n; j += kLanes) top[0] = max_or_second(next(j), top[0]);
-  return max_lanes(max_or_second(max_or_second(top[0], top[1]), max_or_second(top[2], top[3])));
-}
-
-// One chunk as floats, and its maximum. Half-precision columns are widened on the way.
-struct FloatChunk {
-  const float* u;
-  float max;
-  const char* next;  // where the columns after it lie: fetched while this chunk is summed
-  int bytes;         // of one column there
+// n contiguous columns, one of which may be left out as if it were -inf.
+struct Chunk {
+  const void* data;
+  int64_t n, hole;  // hole < 0: none
 };
 
-inline FloatChunk chunk_maximum(const float* u, int64_t n) {
-  const int64_t full = n / kLanes * kLanes;
-  float m = highest(full, [&](int64_t j) __attribute__((always_inline)) { return load(u + j); });
-  for (int64_t j = full; j < n; ++j) m = u[j] > m ? u[j] : m;
-  return {u, m, reinterpret_cast<const char*>(u + n), sizeof(float)};
-}
-
-template <bool kBf16>
-inline FloatChunk widened_chunk(const uint16_t* half, int64_t n, float* buffer) {
-  const int64_t full = n / kLanes * kLanes;
-  float m = highest(full, [&](int64_t j) __attribute__((always_inline)) {
-    const vfloat x = kBf16 ? load_bf16(half + j) : load_f16(half + j);
-    store(buffer + j, x);
-    return x;
-  });
-  for (int64_t j = full; j < n; ++j) {
-    buffer[j] = half_bits_to_float(half[j], kBf16);
-    m = buffer[j] > m ? buffer[j] : m;
+// y = (x - reference) gain - less in base 2. With a fused multiply-add x gain is exact, and all
+// that is rounded besides y is reference * gain + less: by `excess`, the same for every column.
+struct Exponent {
+  float reference, gain, offset;
+  double excess;
+  Exponent(float reference, double scale, double less) : reference(reference) {
+    gain = static_cast<float>(scale * kLog2E);
+    const double exact = (kFused ? static_cast<double>(reference) * gain : 0.) + less;
+    offset = static_cast<float>(exact);
+    excess = exact - offset;
   }
-  return {buffer, m, reinterpret_cast<const char*>(half + n), sizeof(uint16_t)};
-}
+  PPOK_INLINE vfloat operator()(vfloat x) const {
+    if (kFused) return multiply_add(x, splat(gain), splat(-offset));
+    return (x - reference) * gain - offset;
+  }
+  bool overflows() const { return !(fabsf(offset) < 0x1p100f); }
+};
 
-// The sums of one chunk against its own maximum; entropy needs more of them, nobody else pays.
+PPOK_INLINE double total(const vfloat* x) { return sum_lanes((x[0] + x[1]) + (x[2] + x[3])); }
+
+// What one chunk adds up to, in vectors.
 template <bool kEntropy>
-PPOK_INLINE RowSums chunk_sums(FloatChunk chunk, int64_t n, double c) {
-  // All -inf: summed against 0 it gives 0, and a NaN hidden among them still shows.
-  const vfloat reference = splat(chunk.max == -INFINITY ? 0.f : chunk.max);
-  const float gain = static_cast<float>(c * kLog2E);
-  vfloat sum[kWays] = {}, slope[kWays] = {}, equal[kWays] = {};
-  const auto add = [&](vfloat x, int k) __attribute__((always_inline)) {
-    const vfloat y = (x - reference) * gain;
-    const vfloat e = vexp2_nonpositive(y);
-    if (kEntropy) {
-      equal[k] += select(x == reference, splat(1.f), vfloat{});
-      sum[k] += select(x == reference, vfloat{}, e);
-      slope[k] += select(e == vfloat{}, vfloat{}, e * y);
-    } else {
-      sum[k] += e;
+struct Sums {
+  vfloat sum[kWays] = {}, slope[kWays] = {};
+  PPOK_INLINE void add(const Exponent& exponent, const vfloat* x) {
+    for (int k = 0; k < kWays; ++k) {
+      const vfloat y = above_zero_power(exponent(x[k]));
+      const Power e = vexp2_nonpositive(y, PowerSeries(1.f));
+      if (kEntropy) {
+        const vfloat weight = e.scale * e.series;
+        sum[k] += weight;
+        slope[k] = multiply_add(weight, y, slope[k]);
+      } else {
+        sum[k] = multiply_add(e.scale, e.series, sum[k]);
+      }
     }
+  }
+  RowSums result(double max, double excess) const {
+    const double rest = total(sum), x = kLn2 * excess;
+    if (max == -INFINITY) return {max, 0., rest, 0.};  // 0, unless a NaN hid among the -inf
+    const double common = fabs(x) < 1e-4 ? 1. - x + 0.5 * x * x : exp(-x);
+    const double slopes = kEntropy ? kLn2 * (total(slope) - excess * rest) : 0.;
+    return {max, 0., common * rest, common * slopes};
+  }
+};
+
+// The same, with the elements equal to the maximum counted apart; for any finite maximum.
+struct CarefulSums {
+  vfloat sum[kWays] = {}, slope[kWays] = {}, equal[kWays] = {};
+  PPOK_INLINE void add(float max, float gain, const vfloat* x) {
+    for (int k = 0; k < kWays; ++k) {
+      const vfloat y = above_zero_power((x[k] - max) * gain);
+      const Power e = vexp2_nonpositive(y, PowerSeries(1.f));
+      const vfloat weight = e.scale * e.series;
+      equal[k] += select(x[k] == max, splat(1.f), vfloat{});
+      sum[k] += select(x[k] == max, vfloat{}, weight);
+      slope[k] += weight * y;
+    }
+  }
+  RowSums result(double max) const { return {max, total(equal), total(sum), kLn2 * total(slope)}; }
+};
+
+// The maximum of one chunk, in vectors; NaN is passed over.
+struct Top {
+  vfloat top[kWays];
+  Top() {
+    for (vfloat& t : top) t = splat(-INFINITY);
+  }
+  PPOK_INLINE void add(const vfloat* x) {
+    for (int k = 0; k < kWays; ++k) top[k] = max_or_second(x[k], top[k]);
+  }
+  PPOK_INLINE float result() const {
+    return max_lanes(max_or_second(max_or_second(top[0], top[1]), max_or_second(top[2], top[3])));
+  }
+};
+
+// A chunk as steps of kStep columns; those with the hole or the end are first copied out.
+template <class Columns>
+struct Steps {
+  using Element = typename Columns::Element;
+  const Element* data;
+  int64_t n, hole, full, all;
+  explicit Steps(const Chunk& c)
+      : data(static_cast<const Element*>(c.data)),
+        n(c.n),
+        hole(c.hole),
+        full(c.n / kStep),
+        all((c.n + kStep - 1) / kStep) {}
+  // The end of the steps from `step` on that can be read in place.
+  int64_t plain_until(int64_t step) const {
+    return hole >= step * kStep && hole / kStep < full ? hole / kStep : full;
+  }
+  PPOK_INLINE const Element* at(int64_t step) const { return data + step * kStep; }
+  const Element* copied(int64_t step, Element* buffer) const {
+    const int64_t from = step * kStep, count = n - from < kStep ? n - from : kStep;
+    for (int i = 0; i < kStep; ++i) buffer[i] = Columns::minus_infinity();
+    memcpy(buffer, at(step), count * sizeof(Element));
+    if (hole >= from && hole < from + count) buffer[hole - from] = Columns::minus_infinity();
+    return buffer;
+  }
+  template <class Body>
+  PPOK_INLINE void each(Body&& body) const {
+    Element buffer[kStep];
+    for (int64_t s = 0; s < all; ++s)
+      body(s < full && hole / kStep != s ? at(s) : copied(s, buffer));
+  }
+};
+
+template <class Columns>
+inline RowSums careful_sums(const Chunk& chunk, float max, double c) {
+  CarefulSums sums;
+  Steps<Columns>(chunk).each([&](const auto* p) __attribute__((always_inline)) {
+    vfloat x[kWays];
+    for (int k = 0; k < kWays; k += 2) Columns::load_two(p + k * kLanes, x + k);
+    sums.add(max, static_cast<float>(c * kLog2E), x);
+  });
+  return sums.result(max);
+}
+
+// The sums of one chunk against its maximum, and the maximum of the next.
+template <class Columns, bool kEntropy>
+inline RowSums sum_chunk(const Chunk& now, float max, double c, const Chunk& next,
+                         float* max_next) {
+  const Exponent exponent(max == -INFINITY ? 0.f : max, c, 0.);
+  const Steps<Columns> a(now), b(next);
+  Sums<kEntropy> sums;
+  Top top;
+  const auto add_sums = [&](const auto* p) __attribute__((always_inline)) {
+    vfloat x[kWays];
+    for (int k = 0; k < kWays; k += 2) Columns::load_two(p + k * kLanes, x + k);
+    sums.add(exponent, x);
   };
-  int64_t j = 0;
-  for (; j + kStep <= n; j += kStep) {
-    for (int line = 0; line < kStep * chunk.bytes; line += 64)
-      __builtin_prefetch(chunk.next + j * chunk.bytes + line);
-    for (int k = 0; k < kWays; ++k) add(load(chunk.u + j + k * kLanes), k);
+  const auto add_top = [&](const auto* p) __attribute__((always_inline)) {
+    vfloat x[kWays];
+    for (int k = 0; k < kWays; k += 2) Columns::load_two_keys(p + k * kLanes, x + k);
+    top.add(x);
+  };
+  const auto prefetch = [&](const auto* p) __attribute__((always_inline)) {
+    for (size_t line = 0; line < kStep * sizeof *p; line += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetch + line);
+  };
+  for (int64_t s = 0; s < a.all || s < b.all;) {
+    const bool in_now = s < a.all, in_next = s < b.all;
+    const int64_t end_now = a.plain_until(s), end_next = b.plain_until(s);
+    if (in_now && in_next && end_now > s && end_next > s) {
+      for (const int64_t end = end_now < end_next ? end_now : end_next; s < end; ++s) {
+        prefetch(b.at(s));
+        add_top(b.at(s));
+        add_sums(a.at(s));
+      }
+    } else if (in_now && !in_next && end_now > s) {
+      for (; s < end_now; ++s) add_sums(a.at(s));
+    } else if (in_next && !in_now && end_next > s) {
+      for (; s < end_next; ++s) add_top(b.at(s));
+    } else {
+      typename Columns::Element buffer[kStep];
+      if (in_now) add_sums(end_now > s ? a.at(s) : a.copied(s, buffer));
+      if (in_next) add_top(end_next > s ? b.at(s) : b.copied(s, buffer));
+      ++s;
+    }
   }
-  for (; j + kLanes <= n; j += kLanes) add(load(chunk.u + j), 0);
-  if (j < n) {
-    float padded[kLanes];
-    for (int i = 0; i < kLanes; ++i) padded[i] = j + i < n ? chunk.u[j + i] : -INFINITY;
-    add(load(padded), 0);
-  }
-  const auto total = [](const vfloat* x) { return sum_lanes((x[0] + x[1]) + (x[2] + x[3])); };
-  if (chunk.max == -INFINITY) return {chunk.max, 0., total(sum), 0.};
-  return {chunk.max, kEntropy ? total(equal) : 0., total(sum),
-          kEntropy ? total(slope) / kLog2E : 0.};
+  *max_next = Columns::from_key(top.result());
+  if (exponent.overflows() && now.n) return careful_sums<Columns>(now, max, c);
+  return sums.result(max, exponent.excess);
 }
 
-template <bool kEntropy>
-PPOK_INLINE RowSums chunk_sums(const float* u, int64_t n, double c) {
-  return chunk_sums<kEntropy>(chunk_maximum(u, n), n, c);
-}
-
-template <bool kEntropy>
-inline RowSums chunk_sums(const double* u, int64_t n, double c) {
-  double m = -INFINITY;
-  for (int64_t j = 0; j < n; ++j) m = u[j] > m ? u[j] : m;
-  const double reference = m == -INFINITY ? 0. : m;
-  RowSums sums{m, 0., 0., 0.};
-  for (int64_t j = 0; j < n; ++j) {
+// fp64: plainly, and always with care.
+template <class Columns, bool kEntropy, class T>
+inline RowSums sum_chunk(const Chunk& now, T max, double c, const Chunk& next, T* max_next) {
+  const T *u = static_cast<const T*>(now.data), *v = static_cast<const T*>(next.data);
+  *max_next = -INFINITY;
+  for (int64_t j = 0; j < next.n; ++j)
+    if (j != next.hole && v[j] > *max_next) *max_next = v[j];
+  const double reference = max == -INFINITY ? 0. : max;
+  RowSums sums{max, 0., 0., 0.};
+  for (int64_t j = 0; j < now.n; ++j) {
+    if (j == now.hole) continue;
     const double z = (u[j] - reference) * c, e = exp(z);
-    if (u[j] == m && m != -INFINITY) {
+    if (u[j] == max && max != -INFINITY) {
       sums.at_max += 1.;
     } else {
       sums.rest += e;
@@ -173,12 +270,13 @@ enum RowKind { kLive, kSkipped, kFaulty };
 
 template <class Args>
 struct Row {
-  int64_t row, col, token;
+  int64_t position, row, col, token;
   double temperature;
   RowKind kind;
   int32_t fault;
 
-  Row(const Args& a, int64_t position) : row(position / a.cols), col(position % a.cols), token(0) {
+  Row(const Args& a, int64_t position)
+      : position(position), row(position / a.cols), col(position % a.cols), token(0) {
     temperature = a.temperature;
     kind = kSkipped;
     fault = kNoFault;
@@ -203,22 +301,6 @@ PPOK_INLINE const char* column(const View& logits, int64_t row, int64_t col, int
   return address(logits, row, col) + v * logits.stride[2] * element_size(logits.dtype);
 }
 
-// The chunk of u that starts at column `from`, with the target column (if inside) replaced by -inf.
-template <class T, class Args>
-inline const T* others_chunk(const Args& a, const Row<Args>& r, int64_t from, int64_t n,
-                             T* buffer) {
-  const T* u =
-      read_run(column(a.logits, r.row, r.col, from), a.logits.dtype, a.logits.stride[2], n, buffer);
-  const bool holds_target = r.token >= from && r.token < from + n;
-  if ((a.softcap > 0. || holds_target) && u != buffer) {
-    memcpy(buffer, u, n * sizeof(T));
-    u = buffer;
-  }
-  if (a.softcap > 0.) Transform<Args>{a}.cap(buffer, n);
-  if (holds_target) buffer[r.token - from] = static_cast<T>(-INFINITY);
-  return u;
-}
-
 template <class T, class Args>
 inline T target_logit(const Args& a, const Row<Args>& r) {
   T u;
@@ -239,71 +321,152 @@ void keep_first(Fault& first, int32_t kind, int64_t where) {
 
 // ---- forward ----------------------------------------------------------------------------------
 
-template <class T, bool kEntropy>
-Fault forward(const LogprobForward& a) {
-  const int64_t rows = a.rows * a.cols, chunks = (a.vocab + kChunk - 1) / kChunk;
-  const int threads = rows * a.vocab < kWorthThreads ? 1 : static_cast<int>(a.threads);
-  Fault first{kNoFault, 0};
-
-  const auto sums_of = [&](const Row<LogprobForward>& r, int64_t chunk, double c) {
-    alignas(64) T buffer[kChunk];
-    const int64_t from = chunk * kChunk, n = a.vocab - from < kChunk ? a.vocab - from : kChunk;
-    const bool half = a.logits.dtype == kBF16 || a.logits.dtype == kF16;
-    const bool holds_target = r.token >= from && r.token < from + n;
-    if constexpr (sizeof(T) == sizeof(float)) {
-      if (half && a.logits.stride[2] == 1 && a.softcap == 0. && !holds_target) {
-        const auto* p = reinterpret_cast<const uint16_t*>(column(a.logits, r.row, r.col, from));
-        return chunk_sums<kEntropy>(a.logits.dtype == kBF16 ? widened_chunk<true>(p, n, buffer)
-                                                            : widened_chunk<false>(p, n, buffer),
-                                    n, c);
-      }
+// The chunks of one row, merged as they come; the one with the row's maximum is kept apart.
+struct RowInParts {
+  RowSums rest = empty_row(), top = empty_row();
+  int64_t top_index = 0;
+  void add(int64_t index, const RowSums& sums, double c) {
+    if (sums.max > top.max) {
+      rest = merge(rest, top, c);
+      top = sums;
+      top_index = index;
+    } else {
+      rest = merge(rest, sums, c);
     }
-    return chunk_sums<kEntropy>(others_chunk(a, r, from, n, buffer), n, c);
-  };
-  const auto write = [&](int64_t i, const RowResult& result) {
+  }
+};
+
+template <class T, class Columns, bool kEntropy>
+struct Forward {
+  static constexpr int64_t kChunk = kChunkBytes / sizeof(typename Columns::Element);
+  const LogprobForward& a;
+  const int64_t chunks = (a.vocab + kChunk - 1) / kChunk;
+  using Element = typename Columns::Element;
+  using Position = Row<LogprobForward>;
+
+  double scale(const Position& r) const {
+    return Transform<LogprobForward>{a}.scale(r.temperature);
+  }
+
+  // Chunk k of u without the target; in `buffer` where the logits themselves will not do.
+  Chunk chunk(const Position& r, int64_t k, Element* buffer) const {
+    const int64_t from = k * kChunk, n = a.vocab - from < kChunk ? a.vocab - from : kChunk;
+    const int64_t stride = a.logits.stride[2];
+    const void* data = column(a.logits, r.row, r.col, from);
+    if constexpr (Columns::kType == DTypeOf<T>::value) {
+      const T* u = read_run(data, a.logits.dtype, stride, n, buffer);
+      if (a.softcap > 0.) {
+        if (u != buffer) memcpy(buffer, u, n * sizeof(T));
+        Transform<LogprobForward>{a}.cap(buffer, n);
+        u = buffer;
+      }
+      data = u;
+    } else if (stride != 1) {
+      for (int64_t j = 0; j < n; ++j) buffer[j] = static_cast<const Element*>(data)[j * stride];
+      data = buffer;
+    }
+    const bool holds_target = r.token >= from && r.token < from + n;
+    return {data, n, holds_target ? r.token - from : -1};
+  }
+
+  // emit(task, row, sums) for every chunk of a live row among tasks row * chunks + chunk.
+  template <class Emit>
+  void sweep(int64_t begin, int64_t end, Emit&& emit) const {
+    alignas(64) Element buffers[2][kChunk];
+    struct Piece {
+      int64_t task;
+      Position row;
+      Chunk chunk;
+    };
+    const auto seek = [&](Position row, int64_t task, Element* buffer) {
+      for (; task < end; task = (task / chunks + 1) * chunks) {
+        if (row.position != task / chunks) row = Position(a, task / chunks);
+        if (row.kind == kLive) return Piece{task, row, chunk(row, task % chunks, buffer)};
+      }
+      return Piece{end, row, {nullptr, 0, -1}};
+    };
+    const Chunk nothing{nullptr, 0, -1};
+    Piece now = seek(Position(a, begin / chunks), begin, buffers[0]);
+    T max, max_next;
+    sum_chunk<Columns, kEntropy>(nothing, T(0), 1., now.chunk, &max);
+    for (int turn = 1; now.task < end; turn ^= 1) {
+      const Piece next = seek(now.row, now.task + 1, buffers[turn]);
+      emit(now.task, now.row,
+           sum_chunk<Columns, kEntropy>(now.chunk, max, scale(now.row), next.chunk, &max_next));
+      now = next;
+      max = max_next;
+    }
+  }
+
+  void write(int64_t i, const RowResult& result) const {
     *at<T>(a.logprobs, i) = static_cast<T>(result.logprob);
     if (kEntropy) *at<T>(a.entropy, i) = static_cast<T>(result.entropy);
     T* state = at<T>(a.state, 3 * i);
     state[0] = static_cast<T>(result.max);
     state[1] = static_cast<T>(result.log_sum);
     state[2] = static_cast<T>(result.mean);
-  };
-  const auto finish_row = [&](int64_t i, const Row<LogprobForward>& r, auto&& chunk_state) {
-    if (r.kind != kLive) {
-      const double fill = r.kind == kFaulty ? NAN : 0.;
-      write(i, {fill, fill, fill, fill, fill});
-      if (r.kind == kFaulty) keep_first(first, r.fault, i);
-      return;
-    }
-    const double c = Transform<LogprobForward>{a}.scale(r.temperature);
-    RowSums others = empty_row();
-    for (int64_t k = 0; k < chunks; ++k) others = merge(others, chunk_state(k, c), c);
-    write(i, finish(others, target_logit<T>(a, r), c));
-  };
-
-  RowSums* shared = nullptr;  // few long rows: their chunks are shared out instead
-  if (threads > 1 && rows < 2 * threads && chunks > 1)
-    shared = static_cast<RowSums*>(malloc(rows * chunks * sizeof(RowSums)));
-  if (shared) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t task = 0; task < rows * chunks; ++task) {
-      const Row<LogprobForward> r(a, task / chunks);
-      if (r.kind == kLive)
-        shared[task] = sums_of(r, task % chunks, Transform<LogprobForward>{a}.scale(r.temperature));
-    }
-    for (int64_t i = 0; i < rows; ++i)
-      finish_row(i, Row<LogprobForward>(a, i),
-                 [&](int64_t k, double) { return shared[i * chunks + k]; });
-    free(shared);
-  } else {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t i = 0; i < rows; ++i) {
-      const Row<LogprobForward> r(a, i);
-      finish_row(i, r, [&](int64_t k, double c) { return sums_of(r, k, c); });
-    }
   }
-  return first;
-}
+
+  void finish_row(const Position& r, RowInParts& parts) const {
+    const double c = scale(r);
+    RowSums others = merge(parts.rest, parts.top, c);
+    // One token holds most of the mass: what the others add to it must not be rounded away.
+    if constexpr (kEntropy && sizeof(T) == sizeof(float))
+      if (others.at_max + others.rest < 1.5 && fabs(others.max) < INFINITY) {
+        alignas(64) Element buffer[kChunk];
+        parts.top = careful_sums<Columns>(chunk(r, parts.top_index, buffer),
+                                          static_cast<float>(parts.top.max), c);
+        others = merge(parts.rest, parts.top, c);
+      }
+    write(r.position, finish(others, target_logit<T>(a, r), c));
+  }
+
+  Fault run() const {
+    const int64_t rows = a.rows * a.cols;
+    const int threads = rows * a.vocab < kWorthThreads ? 1 : static_cast<int>(a.threads);
+    Fault first{kNoFault, 0};
+    if (rows == 0) return first;
+    RowSums* shared = nullptr;  // few long rows: their chunks are shared out instead
+    if (threads > 1 && rows < 2 * threads && chunks > 1)
+      shared = static_cast<RowSums*>(malloc(rows * chunks * sizeof(RowSums)));
+    if (shared) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+      for (int part = 0; part < threads; ++part)
+        sweep(rows * chunks * part / threads, rows * chunks * (part + 1) / threads,
+              [&](int64_t task, const Position&, const RowSums& sums) { shared[task] = sums; });
+    }
+    // More parts than threads: masked rows cost nothing, and threads may be held up.
+    const int64_t parts = threads == 1 || shared ? 1 : rows < 16 * threads ? rows : 16 * threads;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (parts > 1)
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+      for (int64_t i = begin; i < end; ++i) {
+        const Position r(a, i);
+        if (r.kind == kLive) {
+          if (!shared) continue;
+          RowInParts row;
+          for (int64_t k = 0; k < chunks; ++k) row.add(k, shared[i * chunks + k], scale(r));
+          finish_row(r, row);
+        } else {
+          const double fill = r.kind == kFaulty ? NAN : 0.;
+          write(i, {fill, fill, fill, fill, fill});
+          if (r.kind == kFaulty) keep_first(first, r.fault, i);
+        }
+      }
+      if (shared) continue;
+      RowInParts row;
+      sweep(begin * chunks, end * chunks,
+            [&](int64_t task, const Position& r, const RowSums& sums) {
+              row.add(task % chunks, sums, scale(r));
+              if (task % chunks < chunks - 1) return;
+              finish_row(r, row);
+              row = {};
+            });
+    }
+    free(shared);
+    return first;
+  }
+};
 
 // ---- backward ---------------------------------------------------------------------------------
 
@@ -311,47 +474,82 @@ struct Upstream {
   double logprob, entropy;
 };
 
-// grad = c (-g_logprob p + g_entropy p (mean - z)), the target column excepted.
-template <bool kEntropy>
-PPOK_INLINE void gradient_of_others(const float* u, float* grad, int64_t n, double c,
-                                    const float* state, Upstream g) {
-  const float gain = static_cast<float>(c * kLog2E);
-  const vfloat reference = splat(state[0]), mean = splat(static_cast<float>(state[2] * kLog2E)),
-               log_sum = splat(static_cast<float>(state[1] * kLog2E));
-  const vfloat g_logprob = splat(static_cast<float>(-g.logprob * c)),
-               g_entropy = splat(static_cast<float>(g.entropy * c / kLog2E));
-  const auto gradient = [&](vfloat x) __attribute__((always_inline)) {
-    const vfloat y = (x - reference) * gain;
-    const vfloat p = vexp2_nonpositive(y - log_sum);
-    if (!kEntropy) return g_logprob * p;
-    return g_logprob * p + select(p == vfloat{}, p, g_entropy * (p * (mean - y)));
+// grad = c (-g_logprob p + g_entropy p (mean - z)), the target column excepted. With care (for the
+// entropy, or logits so large that x gain overflows) z is made from the difference to the maximum,
+// exact near it; without, p takes one multiply-add less.
+template <bool kCareful>
+struct GradientOfOthers {
+  Exponent exponent;
+  PowerSeries series;
+  vfloat log_sum, constant, slope;
+  GradientOfOthers(const float* state, double c, Upstream g)
+      : exponent(state[0], c, kCareful ? 0. : state[1] * kLog2E),
+        series(kCareful ? 1.f : static_cast<float>(-g.logprob * c * exp(-kLn2 * exponent.excess))),
+        log_sum(splat(static_cast<float>(state[1] * kLog2E))),
+        constant(splat(static_cast<float>(c * (g.entropy * state[2] - g.logprob)))),
+        slope(splat(static_cast<float>(-g.entropy * c * kLn2))) {}
+  PPOK_INLINE vfloat operator()(vfloat x) const {
+    if (!kCareful) {
+      const Power p = vexp2_nonpositive(above_zero_power(exponent(x)), series);
+      return p.scale * p.series;
+    }
+    const vfloat y = above_zero_power((x - exponent.reference) * exponent.gain);
+    const Power p = vexp2_nonpositive(above_zero_power(y - log_sum), series);
+    return p.scale * p.series * multiply_add(slope, y, constant);
+  }
+};
+
+template <class Columns, bool kCareful, class Element = typename Columns::Element>
+inline void gradient_of_others(const Element* u, Element* grad, int64_t n,
+                               const GradientOfOthers<kCareful>& gradient) {
+  const auto two = [&](const Element* from, Element* to) __attribute__((always_inline)) {
+    vfloat x[2];
+    Columns::load_two(from, x);
+    for (vfloat& v : x) v = gradient(v);
+    Columns::store_two(to, x);
   };
   int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) store(grad + j, gradient(load(u + j)));
+  for (; j + 2 * kLanes <= n; j += 2 * kLanes) two(u + j, grad + j);
   if (j < n) {
-    float tail[kLanes] = {};
-    memcpy(tail, u + j, (n - j) * sizeof(float));
-    store(tail, gradient(load(tail)));
-    memcpy(grad + j, tail, (n - j) * sizeof(float));
+    Element tail[2 * kLanes] = {};
+    memcpy(tail, u + j, (n - j) * sizeof(Element));
+    two(tail, tail);
+    memcpy(grad + j, tail, (n - j) * sizeof(Element));
   }
 }
 
-template <bool kEntropy>
 inline void gradient_of_others(const double* u, double* grad, int64_t n, double c,
                                const double* state, Upstream g) {
   for (int64_t j = 0; j < n; ++j) {
     const double z = (u[j] - state[0]) * c, p = exp(z - state[1]);
-    grad[j] = -g.logprob * c * p + (kEntropy && p != 0. ? g.entropy * c * p * (state[2] - z) : 0.);
+    grad[j] = -g.logprob * c * p;
+    if (g.entropy != 0. && p != 0.) grad[j] += g.entropy * c * p * (state[2] - z);
   }
 }
 
+inline void gradient_of_others(const float* u, float* grad, int64_t n, double c, const float* state,
+                               Upstream g) {
+  const GradientOfOthers<false> plain(state, c, g);
+  if (g.entropy == 0. && !plain.exponent.overflows())
+    gradient_of_others<Columns<kF32>>(u, grad, n, plain);
+  else
+    gradient_of_others<Columns<kF32>>(u, grad, n, GradientOfOthers<true>(state, c, g));
+}
+
+// The gradient of the target column, where the row's is exact near p = 1: 1 - p by expm1.
+template <class T>
+inline T gradient_of_target(double logprob, double u, double c, const T* state, Upstream g) {
+  const double p = exp(logprob), z = (u - state[0]) * c;
+  const double through_entropy = p != 0. ? g.entropy * p * (state[2] - z) : 0.;
+  return static_cast<T>(c * (-g.logprob * expm1(logprob) + through_entropy));
+}
+
 // Columns from .. from + n of one live row's gradient; n is at most kTile.
-template <class T, bool kEntropy>
+template <class T>
 inline void gradient_tile(const LogprobBackward& a, const Row<LogprobBackward>& r, Upstream g,
                           int64_t from, int64_t n) {
   alignas(64) T raw_buffer[kTile], buffer[kTile], out_buffer[kTile];
-  const int64_t i = r.row * a.cols + r.col;
-  const T* state = at<T>(a.state, 3 * i);
+  const T* state = at<T>(a.state, 3 * r.position);
   const Transform<LogprobBackward> transform{a};
   const double c = transform.scale(r.temperature);
   const View& out = a.grad_logits;
@@ -371,18 +569,37 @@ inline void gradient_tile(const LogprobBackward& a, const Row<LogprobBackward>& 
     }
   }
   const bool holds_target = r.token >= from && r.token < from + n;
-  T target_gradient = 0;
-  if (holds_target) {
-    // 1 - p by expm1: exact where p is near 1.
-    const double logprob = *at<T>(a.logprobs, i), p = exp(logprob);
-    const double z = (static_cast<double>(u[r.token - from]) - state[0]) * c;
-    const double through_entropy = kEntropy && p != 0. ? g.entropy * p * (state[2] - z) : 0.;
-    target_gradient = static_cast<T>(c * (-g.logprob * expm1(logprob) + through_entropy));
-  }
-  gradient_of_others<kEntropy>(u, grad, n, c, state, g);
-  if (holds_target) grad[r.token - from] = target_gradient;
+  T target = 0;
+  if (holds_target)
+    target = gradient_of_target(*at<T>(a.logprobs, r.position), u[r.token - from], c, state, g);
+  gradient_of_others(u, grad, n, c, state, g);
+  if (holds_target) grad[r.token - from] = target;
   if (a.softcap > 0.) transform.uncap(grad, raw, n);
   write_run(destination, out.dtype, out.stride[2], n, grad);
+}
+
+// The same straight from contiguous logits to a contiguous gradient of their dtype. Where that is
+// large, it is made in the cache and streamed past it: nobody reads it soon, and the memory is not
+// read before it is overwritten.
+template <class Columns, bool kCareful>
+inline void gradient_direct(const LogprobBackward& a, const Row<LogprobBackward>& r, Upstream g,
+                            int64_t from, int64_t n, const GradientOfOthers<kCareful>& gradient,
+                            bool stream) {
+  using Element = typename Columns::Element;
+  alignas(64) Element buffer[kTile];
+  const auto* u = reinterpret_cast<const Element*>(column(a.logits, r.row, r.col, from));
+  auto* to =
+      reinterpret_cast<Element*>(const_cast<char*>(column(a.grad_logits, r.row, r.col, from)));
+  Element* made = stream ? buffer : to;
+  const bool holds_target = r.token >= from && r.token < from + n;
+  float target = 0.f;
+  if (holds_target)
+    target = gradient_of_target(
+        *at<float>(a.logprobs, r.position), Columns::to_float(u[r.token - from]),
+        Transform<LogprobBackward>{a}.scale(r.temperature), at<float>(a.state, 3 * r.position), g);
+  gradient_of_others<Columns>(u, made, n, gradient);
+  if (holds_target) made[r.token - from] = Columns::from_float(target);
+  if (stream) stream_out(to, made, n * sizeof(Element));
 }
 
 inline void zero_columns(const View& out, int64_t row, int64_t col, int64_t from, int64_t n) {
@@ -394,43 +611,91 @@ inline void zero_columns(const View& out, int64_t row, int64_t col, int64_t from
     for (int64_t j = 0; j < n; ++j) memset(destination + j * out.stride[2] * size, 0, size);
 }
 
-template <class T, bool kEntropy>
-void backward(const LogprobBackward& a) {
-  const int64_t chunks = (a.vocab + kChunk - 1) / kChunk, tasks = a.rows * a.cols * chunks;
+constexpr int64_t kStreamBytes = 32 << 20;  // a gradient no cache would hold until it is read
+
+// tile(row, upstream, from, n) makes a part of a live row's gradient.
+template <class Tile>
+void backward(const LogprobBackward& a, Tile&& tile) {
+  const int64_t chunks = (a.vocab + kBackwardChunk - 1) / kBackwardChunk;
+  const int64_t tasks = a.rows * a.cols * chunks;
   const int threads = a.rows * a.cols * a.vocab < kWorthThreads ? 1 : static_cast<int>(a.threads);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t task = 0; task < tasks; ++task) {
-    const int64_t from = task % chunks * kChunk;
-    const int64_t end = from + kChunk < a.vocab ? from + kChunk : a.vocab;
-    const Row<LogprobBackward> r(a, task / chunks);
-    Upstream g{0., 0.};
-    if (r.kind == kLive && a.grad_logprobs.data)
-      g.logprob = read_one<double>(a.grad_logprobs, r.row, r.col);
-    if (r.kind == kLive && a.grad_entropy.data)
-      g.entropy = read_one<double>(a.grad_entropy, r.row, r.col);
-    if (g.logprob == 0. && g.entropy == 0.) {  // nothing asked of this row: its logits are not read
-      zero_columns(a.grad_logits, r.row, r.col, from, end - from);
-      continue;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(dynamic, 16)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t from = task % chunks * kBackwardChunk;
+      const int64_t n = a.vocab - from < kBackwardChunk ? a.vocab - from : kBackwardChunk;
+      const Row<LogprobBackward> r(a, task / chunks);
+      Upstream g{0., 0.};
+      if (r.kind == kLive && a.grad_logprobs.data)
+        g.logprob = read_one<double>(a.grad_logprobs, r.row, r.col);
+      if (r.kind == kLive && a.grad_entropy.data)
+        g.entropy = read_one<double>(a.grad_entropy, r.row, r.col);
+      if (g.logprob == 0. && g.entropy == 0.)  // nothing asked of this row: its logits are not read
+        zero_columns(a.grad_logits, r.row, r.col, from, n);
+      else
+        tile(r, g, from, n);
     }
-    for (int64_t tile = from; tile < end; tile += kTile)
-      gradient_tile<T, kEntropy>(a, r, g, tile, end - tile < kTile ? end - tile : kTile);
+    stream_end();
   }
+}
+
+template <class T>
+void backward_by_tiles(const LogprobBackward& a) {
+  backward(a, [&](const Row<LogprobBackward>& r, Upstream g, int64_t from, int64_t n) {
+    for (int64_t done = 0; done < n; done += kTile)
+      gradient_tile<T>(a, r, g, from + done, n - done < kTile ? n - done : kTile);
+  });
+}
+
+template <class Columns>
+void backward_direct(const LogprobBackward& a) {
+  const int64_t size = a.rows * a.cols * a.vocab * sizeof(typename Columns::Element);
+  const bool stream = a.grad_logits.data != a.logits.data && size >= kStreamBytes;
+  backward(a, [&](const Row<LogprobBackward>& r, Upstream g, int64_t from, int64_t n) {
+    const float* state = at<float>(a.state, 3 * r.position);
+    const double c = Transform<LogprobBackward>{a}.scale(r.temperature);
+    const GradientOfOthers<false> plain(state, c, g);
+    const bool careful = g.entropy != 0. || plain.exponent.overflows();
+    const GradientOfOthers<true> exact(state, c, g);
+    for (int64_t done = 0; done < n; done += kTile) {
+      const int64_t count = n - done < kTile ? n - done : kTile;
+      if (careful)
+        gradient_direct<Columns>(a, r, g, from + done, count, exact, stream);
+      else
+        gradient_direct<Columns>(a, r, g, from + done, count, plain, stream);
+    }
+  });
 }
 
 }  // namespace
 
 Fault logprob_forward(const LogprobForward& a) {
   const bool entropy = a.entropy.data != nullptr;
-  if (a.logits.dtype == kF64) return entropy ? forward<double, true>(a) : forward<double, false>(a);
-  return entropy ? forward<float, true>(a) : forward<float, false>(a);
+  const auto run = [&](auto columns, auto zero) {
+    using T = decltype(zero);
+    using C = decltype(columns);
+    return entropy ? Forward<T, C, true>{a}.run() : Forward<T, C, false>{a}.run();
+  };
+  if (a.logits.dtype == kF64) return run(Columns<kF64>{}, 0.);
+  if (a.logits.dtype == kBF16 && a.softcap == 0.) return run(Columns<kBF16>{}, 0.f);
+  if (a.logits.dtype == kF16 && a.softcap == 0.) return run(Columns<kF16>{}, 0.f);
+  return run(Columns<kF32>{}, 0.f);
 }
 
 Fault logprob_backward(const LogprobBackward& a) {
-  const bool entropy = a.grad_entropy.data != nullptr;
+  const bool as_is = a.logits.stride[2] == 1 && a.grad_logits.stride[2] == 1 &&
+                     a.logits.dtype == a.grad_logits.dtype && a.softcap == 0.;
   if (a.logits.dtype == kF64)
-    entropy ? backward<double, true>(a) : backward<double, false>(a);
+    backward_by_tiles<double>(a);
+  else if (as_is && a.logits.dtype == kF32)
+    backward_direct<Columns<kF32>>(a);
+  else if (as_is && a.logits.dtype == kBF16)
+    backward_direct<Columns<kBF16>>(a);
+  else if (as_is && a.logits.dtype == kF16)
+    backward_direct<Columns<kF16>>(a);
   else
-    entropy ? backward<float, true>(a) : backward<float, false>(a);
+    backward_by_tiles<float>(a);
   return {kNoFault, 0};
 }
 

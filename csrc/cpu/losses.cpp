@@ -2,9 +2,10 @@
 // in one pass.
 //
 // Tokens are cut in row-major order into blocks of kBlock. Inside a block each lane sums every
-// kLanes-th token of each tile, in double; blocks are merged in order. So the bits depend on the
-// instruction set and the order of the tokens alone, never on threads or strides. A first pass over
-// the mask, one byte a token, counts what the weights need.
+// kLanes-th token of each tile, in double, the terms of kGroup tokens first as floats where they
+// are rounded themselves; blocks are merged in order. So the bits depend on the instruction set and
+// the order of the tokens alone, never on threads or strides. A first pass over the mask, one byte
+// a token, counts what the weights need.
 #include "math/losses.h"
 
 #include <stdlib.h>
@@ -18,6 +19,7 @@ namespace PPOK_ISA {
 namespace {
 
 constexpr int64_t kTile = 1024, kBlock = 8 * kTile;
+constexpr int kGroup = 4;
 
 PPOK_INLINE int64_t block_count(int64_t tokens) { return (tokens + kBlock - 1) / kBlock; }
 PPOK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -134,8 +136,13 @@ struct Pass {
       if (f.mask.data) tile.mask = read_live(f.mask, f.cols, from, n, mask_buffer);
       if (f.gradient.data) tile.gradient = static_cast<T*>(f.gradient.data) + from;
       int64_t i = 0;
+      for (; i + kGroup * L::kWidth <= n; i += kGroup * L::kWidth) {
+        for (int k = 0; k < kGroup; ++k) step(tile, i + k * L::kWidth, kernel, weighted);
+        kernel.settle();
+      }
       for (; i + L::kWidth <= n; i += L::kWidth) step(tile, i, kernel, weighted);
       if (i < n) tail(tile, i, n - i, kernel, weighted);
+      kernel.settle();
     }
     total.weighted = weighted.total();
     kernel.store(total.stats);
@@ -185,7 +192,7 @@ struct Pass {
     total.weighted += block.weighted;
     for (int k = 0; k < Loss::kSums; ++k) total.stats[k] += block.stats[k];
     for (int k = Loss::kSums; k < Loss::kSums + Loss::kExtremes; ++k)
-      total.stats[k] = max_or_nan(total.stats[k], block.stats[k]);
+      if (block.stats[k] > total.stats[k]) total.stats[k] = block.stats[k];
   }
 };
 
@@ -235,13 +242,14 @@ Fault reduce(const Loss& loss, const Inputs& in, const LossFrame& f) {
 
 // ---- the losses ---------------------------------------------------------------------------------
 
+template <bool kDual>
 struct ClippedRatioOf {
   template <class V>
-  using Token = ClippedRatio<V>;
+  using Token = ClippedRatio<V, kDual>;
 };
 
 // Variant::Token<V>{low, high, dual} maps (ratio, advantage) to a PolicyToken.
-template <class Variant>
+template <class Variant, bool kClamp>
 struct PolicyLoss {
   static constexpr int kSums = 9, kExtremes = 2;
   double low, high, dual, clamp;
@@ -251,36 +259,43 @@ struct PolicyLoss {
     using L = Lanes<T>;
     using V = typename L::V;
     const typename Variant::template Token<V> token_loss;
-    const V clamp;
-    Sum<T> loss, unclipped, k1, k3, ratio, square;
+    const T clamp;
+    SumInGroups<T> loss, unclipped, k1, k3;
+    Sum<T> ratio, square;
     Count<T> high, low, dual;
     Maximum<T> largest, negated_smallest;
 
     explicit Kernel(const PolicyLoss& p)
         : token_loss{L::splat(p.low), L::splat(p.high), L::splat(p.dual)},
-          clamp(L::splat(p.clamp)) {}
+          clamp(static_cast<T>(p.clamp)) {}
 
     PPOK_INLINE PolicyToken<V> add(V logprob, V old, V advantage, typename L::Mask live) {
       const V zero{}, lowest = L::splat(-INFINITY);
-      V x = logprob - old;
-      const auto outside = (x > clamp) | (x < zero - clamp);
-      x = x > clamp ? clamp : x;
-      x = x < zero - clamp ? zero - clamp : x;
-      const V r = L::exp(x);
+      const V moved = logprob - old;
+      const V x = kClamp ? clamp_ratio<T>(moved, clamp) : moved;
+      const Exponential<V> exp = exponential<T>(x, L::exp_where);
+      const V r = exp.exp, live_r = live ? r : zero;
       PolicyToken<V> token = token_loss(r, advantage);
-      token.slope = outside ? zero : token.slope;
+      if (kClamp) token.slope = (moved > clamp) | (moved < -clamp) ? zero : token.slope;
       loss.add(token.loss);
       unclipped.add(zero - advantage * r);
       high.add(token.above_high);
       low.add(token.below_low);
       dual.add(token.above_dual);
       k1.add(zero - x);
-      k3.add(exp_minus<T>(x, r).one_and_t);
-      ratio.add(live ? r : zero);
-      square.add_square(live ? r : zero);
+      k3.add(exp.minus_one_and_t);
+      ratio.add(live_r);
+      square.add_square(live_r);
       largest.add(live ? r : lowest);
       negated_smallest.add(live ? zero - r : lowest);
       return token;
+    }
+
+    PPOK_INLINE void settle() {
+      loss.settle();
+      unclipped.settle();
+      k1.settle();
+      k3.settle();
     }
 
     void store(double* out) const {
@@ -300,8 +315,10 @@ struct PolicyLoss {
   };
 
   void publish(const double* total, double* stats) const {
-    memcpy(stats, total, (kSums + kExtremes) * sizeof(double));
-    stats[kSums + 1] = -total[kSums + 1];
+    const double ratio = total[kSums - 2];  // no ratio is negative: NaN if any is
+    memcpy(stats, total, kSums * sizeof(double));
+    stats[kSums] = ratio == ratio ? total[kSums] : ratio;
+    stats[kSums + 1] = ratio == ratio ? -total[kSums + 1] : ratio;
   }
 };
 
@@ -332,6 +349,8 @@ struct SquaredError {
       target_squares.add_square(target);
       return token;
     }
+
+    PPOK_INLINE void settle() {}
 
     void store(double* out) const {
       const double all[] = {loss.total(),          clipped.total(), values.total(),
@@ -375,10 +394,14 @@ void scale(const ScaleGradient& a) {
 Fault clipped_loss(const ClippedLoss& a) {
   const Inputs in{a.logprobs, a.old_logprobs, a.advantages, a.advantage_per_sequence};
   const double low = 1. - a.clip_low, high = 1. + a.clip_high;
+  const bool bounded = a.dual_clip < INFINITY || a.log_ratio_clamp < INFINITY;
+  const auto run = [&](auto loss) { return reduce(loss, in, a.frame); };
   switch (a.variant) {
     default:  // kClip
-      return reduce(PolicyLoss<ClippedRatioOf>{low, high, a.dual_clip, a.log_ratio_clamp}, in,
-                    a.frame);
+      if (bounded)
+        return run(
+            PolicyLoss<ClippedRatioOf<true>, true>{low, high, a.dual_clip, a.log_ratio_clamp});
+      return run(PolicyLoss<ClippedRatioOf<false>, false>{low, high, 0., 0.});
   }
 }
 

@@ -22,19 +22,6 @@ Tally merge(const Tally& a, const Tally& b) { return {a.count + b.count, a.sum +
 
 constexpr int kDoubles = kLanes / 2;
 
-PPOK_INLINE vdouble load_doubles(const double* p) {
-  vdouble x;
-  memcpy(&x, p, sizeof x);
-  return x;
-}
-
-PPOK_INLINE vdouble load_doubles(const float* p) {
-  typedef float floats __attribute__((vector_size(PPOK_VECTOR_BYTES / 2)));
-  floats x;
-  memcpy(&x, p, sizeof x);
-  return __builtin_convertvector(x, vdouble);
-}
-
 PPOK_INLINE vdouble select_doubles(const uint8_t* live, vdouble x) {
   return load_bytes_wide(live) != 0 ? x : vdouble{};
 }
@@ -48,10 +35,7 @@ PPOK_INLINE double sum_live(const LiveTile& live, int64_t n, F&& f) {
     even += select_doubles(live.data + i, f(i));
     odd += select_doubles(live.data + i + kDoubles, f(i + kDoubles));
   }
-  even += odd;
-  for (int step = kDoubles / 2; step; step /= 2)
-    for (int i = 0; i < step; ++i) even[i] += even[i + step];
-  return even[0];
+  return sum_lanes(even + odd);
 }
 
 PPOK_INLINE double count_live(const LiveTile& live, int64_t n) {
@@ -65,7 +49,7 @@ Tally block_sum(const View& x, const View& mask, int64_t cols, int64_t from, int
   const Tile<T> tile(x, cols, from, n);
   const LiveTile live(mask, cols, from, n);
   const double sum = sum_live(live, n, [&](int64_t i) __attribute__((always_inline)) {
-    return load_doubles(tile.data + i);
+    return widen(tile.data + i);
   });
   return {count_live(live, n), sum};
 }
@@ -163,11 +147,11 @@ Moments block_moments(const View& x, const View& mask, int64_t cols, int64_t fro
 
   const double pivot = tile.data[first];
   const double gaps = sum_live(live, n, [&](int64_t i) __attribute__((always_inline)) {
-    return load_doubles(tile.data + i) - pivot;
+    return widen(tile.data + i) - pivot;
   });
   const double mean = pivot + gaps / count;
   const double m2 = sum_live(live, n, [&](int64_t i) __attribute__((always_inline)) {
-    const vdouble gap = load_doubles(tile.data + i) - mean;
+    const vdouble gap = widen(tile.data + i) - mean;
     return gap * gap;
   });
   return {count, mean, m2};
@@ -229,10 +213,10 @@ void whiten_gradient(const WhitenBackward& a) {
         const Tile<T> grad(a.grad, a.cols, from, n), x(a.x, a.cols, from, n);
         const LiveTile live(a.mask, a.cols, from, n);
         const double sum = sum_live(live, n, [&](int64_t i) __attribute__((always_inline)) {
-          return load_doubles(grad.data + i);
+          return widen(grad.data + i);
         });
         const double moment = sum_live(live, n, [&](int64_t i) __attribute__((always_inline)) {
-          return load_doubles(grad.data + i) * (load_doubles(x.data + i) - w.mean);
+          return widen(grad.data + i) * (widen(x.data + i) - w.mean);
         });
         return {sum, moment};
       });

@@ -1,13 +1,13 @@
 // Advantages and discounted returns, and their adjoint: x_t = d_t + c_t x_{t+1}, in double.
 //
-// The chain of one sequence is latency: four cycles a step whatever the vector width. So a sequence
-// is cut into chunks of kChunk steps, counted from the end the scan starts at; kWays chunks are
-// scanned side by side from zero, and each is then completed by the value x carried into it times a
-// power of c. Within a chunk the order is the serial one.
+// A sequence is cut into chunks of kChunk steps and these into blocks of one vector, all counted
+// from the end the scan starts at. In a block the steps are combined by doubling distances; the
+// chain from block to block is one multiply-add long. A chunk is scanned from zero, and completed
+// by the value x carried into it times a power of c.
 //
 // Chunks count the steps that exist (under the "carry" convention: the live ones), so a sequence's
 // bits depend on its own steps alone: not on its place in the batch, on padding, or on the thread
-// count. Short sequences share a chunk, their chains cut by coefficients of 0.
+// count.
 //
 // The advantages scan from the last step to the first (kReverse), their adjoint from the first to
 // the last.
@@ -15,8 +15,8 @@
 
 #include <stdlib.h>
 
-#include "cpu/sequences.h"
-#include "cpu/tile.h"
+#include "cpu/block_scan.h"
+#include "cpu/steps.h"
 #include "kernels.h"
 
 namespace ppok {
@@ -24,125 +24,11 @@ namespace PPOK_ISA {
 namespace {
 
 constexpr int64_t kChunk = 1024;
-constexpr int kWays = 4;
 constexpr int kChains = 2;
+constexpr int kSteps = kLanes / 2;        // of a block
 constexpr int64_t kSerialTokens = 16384;  // below, a second thread costs more than it gives
 
 Sequences sequences_of(const ScanSetting& a) { return {a.offsets, a.rows, a.cols, a.sequences}; }
-
-// ---- the mask and the flags ---------------------------------------------------------------------
-
-template <class E>
-PPOK_INLINE void mark_nonzero(const E* p, int64_t stride, int64_t n, E ignored, uint8_t bit,
-                              uint8_t* code) {
-  if (stride == 1)
-    for (int64_t i = 0; i < n; ++i) code[i] |= (p[i] & ~ignored) ? bit : 0;
-  else
-    for (int64_t i = 0; i < n; ++i) code[i] |= (p[i * stride] & ~ignored) ? bit : 0;
-}
-
-// Sets `bit` where the tensor is not zero; integer or float alike, by their bits without the sign
-// of a zero.
-void mark(const View& v, int64_t row, int64_t col, int64_t n, uint8_t bit, uint8_t* code) {
-  const void* p = address(v, row, col);
-  const int64_t stride = v.stride[1], size = element_size(v.dtype);
-  const bool is_float = v.dtype <= kF64;
-  if (size == 1) {
-    mark_nonzero(static_cast<const uint8_t*>(p), stride, n, uint8_t{0}, bit, code);
-  } else if (size == 2) {
-    mark_nonzero(static_cast<const uint16_t*>(p), stride, n, uint16_t(is_float ? 1u << 15 : 0), bit,
-                 code);
-  } else if (size == 4) {
-    mark_nonzero(static_cast<const uint32_t*>(p), stride, n, is_float ? 1u << 31 : 0u, bit, code);
-  } else {
-    mark_nonzero(static_cast<const uint64_t*>(p), stride, n, is_float ? uint64_t{1} << 63 : 0, bit,
-                 code);
-  }
-}
-
-void read_live(const View& mask, int64_t row, int64_t col, int64_t n, uint8_t* live) {
-  memset(live, mask.data ? 0 : kLive, n);
-  if (mask.data) mark(mask, row, col, n, kLive, live);
-}
-
-// A discount of 0 looks at no later step: it ends the sequence at every one.
-void read_codes(const ScanSetting& a, int64_t row, int64_t col, int64_t n, uint8_t* code) {
-  read_live(a.mask, row, col, n, code);
-  if (a.terminated.data) mark(a.terminated, row, col, n, kTerminated, code);
-  if (a.truncated.data) mark(a.truncated, row, col, n, kTruncated, code);
-  const uint8_t always = a.gamma == 0. ? kTerminated : 0;
-  for (int64_t i = 0; i < n; ++i) code[i] = code[i] & kLive ? code[i] | always : 0;
-}
-
-// Masks come in runs: blocks that are live or masked throughout need no test per step.
-constexpr int64_t kBlock = 64;
-
-int64_t count_live(const uint8_t* live, int64_t n) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t size = n - i < kBlock ? n - i : kBlock;
-    uint8_t found = 0;
-    for (int64_t j = 0; j < size; ++j) found += live[i + j] & kLive;
-    count += found;
-  }
-  return count;
-}
-
-// Moves the live elements of n to the front.
-template <class E>
-void compress(E* x, const uint8_t* live, int64_t n) {
-  E* to = x;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t size = n - i < kBlock ? n - i : kBlock, found = count_live(live + i, size);
-    if (found == size) {
-      memmove(to, x + i, size * sizeof(E));
-    } else if (found) {
-      for (int64_t j = i, k = 0; j < i + size; ++j) {
-        const uint8_t keep = live[j] & kLive;
-        to[k] = x[j];
-        k += keep;
-      }
-    }
-    to += found;
-  }
-}
-
-// out[i] = value(k) where i is the k-th live position, 0 where it is masked.
-template <class T, class Value>
-PPOK_INLINE void expand(T* out, const uint8_t* live, int64_t n, Value&& value) {
-  for (int64_t i = 0, step = 0; i < n; i += kBlock) {
-    const int64_t size = n - i < kBlock ? n - i : kBlock, found = count_live(live + i, size);
-    if (found == size) {
-      for (int64_t j = 0; j < size; ++j) out[i + j] = static_cast<T>(value(step + j));
-    } else {
-      memset(out + i, 0, size * sizeof(T));
-      for (int64_t j = 0, k = step; found && j < size; ++j)
-        if (live[i + j] & kLive) out[i + j] = static_cast<T>(value(k++));
-    }
-    step += found;
-  }
-}
-
-// From one end of the run towards the other: the edge behind the `count`-th live step, or the other
-// end.
-template <bool kReverse>
-int64_t walk(const View& mask, const Run& run, int64_t count) {
-  uint8_t live[4 * kBlock];
-  for (int64_t left = run.end - run.begin; left > 0;) {
-    const int64_t n = left < 4 * kBlock ? left : 4 * kBlock;
-    const int64_t col = kReverse ? run.begin + left - n : run.end - left;
-    read_live(mask, run.row, col, n, live);
-    const int64_t found = count_live(live, n);
-    for (int64_t j = 0; found >= count; ++j) {
-      const int64_t i = kReverse ? n - 1 - j : j;
-      count -= live[i];
-      if (count == 0) return kReverse ? col + i : col + i + 1;
-    }
-    count -= found;
-    left -= n;
-  }
-  return kReverse ? run.begin : run.end;
-}
 
 // ---- what is scanned in one go ------------------------------------------------------------------
 
@@ -229,15 +115,13 @@ class Walker {
 
 // ---- the buffers of one chunk -------------------------------------------------------------------
 
-constexpr int64_t kSpare = 16;  // keeps equal positions of two arrays out of one cache set
-
 // x and coefficient hold n steps at `offset`, aligned to the end the scan starts from; the rest is
 // in order from 0.
 template <class T>
 struct alignas(64) Slot {
-  double x[kChains][kChunk + kSpare], coefficient[kChains][kChunk + kSpare];
+  double x[kChains][kChunk], coefficient[kChains][kChunk];
   T first[2 * kChunk], second[2 * kChunk], third[2 * kChunk];
-  uint8_t code[2 * kChunk + kSpare];
+  uint8_t code[2 * kChunk];
   int32_t ends[kChunk];  // of each sequence in the unit, in steps
   Unit unit;
   const T *in_first, *in_second;  // the steps' numbers: in the buffers above, or in place
@@ -359,7 +243,7 @@ PPOK_INLINE void write(const ScanSetting& a, const Slot<T>& s, const View& view,
     for_runs(a, u, u.run, [&](const Run& run) {
       uint8_t live[kChunk];
       const int64_t n = run.end - run.begin;
-      read_live(a.mask, run.row, run.begin, n, live);
+      read_live_codes(a.mask, run.row, run.begin, n, live);
       expand(out, live, n, [&](int64_t i) { return value(step + i); });
       step += count_live(live, n);
       out += n;
@@ -370,70 +254,31 @@ PPOK_INLINE void write(const ScanSetting& a, const Slot<T>& s, const View& view,
 
 // ---- the chains ---------------------------------------------------------------------------------
 
-// Fills the coefficients, if some are 0: at the ends of sequences, and where a code cuts them - a
-// step's own (kReverse), or that of the step before.
+// Fills the coefficients, if some are 0: where a code cuts them - a step's own (kReverse), or that
+// of the step before.
 template <bool kReverse, class T>
 void set_coefficients(const ScanSetting& a, Slot<T>& s, const uint8_t* cutting) {
   s.offset = kReverse ? kChunk - s.n : 0;
   const int64_t pieces = s.unit.last - s.unit.first;
-  s.cut = pieces > 1;
-  for (int chain = 0; chain < a.chains; ++chain)
-    s.cut |= a.gamma * lambda_of(a, chain, s.unit.first) == 0.;
   uint8_t any = 0;
   for (int64_t i = 0; s.coded && i < s.n; ++i) any |= cutting[i];
   any &= kCut;
-  s.cut |= any != 0;
+  s.cut = any != 0;
+  for (int64_t piece = 0; piece < pieces; ++piece)
+    for (int chain = 0; chain < a.chains; ++chain)
+      s.cut |= a.gamma * lambda_of(a, chain, s.unit.first + piece) == 0.;
   if (!s.cut) return;
   for (int chain = 0; chain < a.chains; ++chain) {
     double* coefficient = s.coefficient[chain] + s.offset;
     for (int64_t piece = 0, begin = 0; piece < pieces; begin = s.ends[piece++]) {
       const double c = a.gamma * lambda_of(a, chain, s.unit.first + piece);
-      const int64_t end = s.ends[piece];
       if (any)
-        for (int64_t i = begin; i < end; ++i) coefficient[i] = cutting[i] & kCut ? 0. : c;
+        for (int64_t i = begin; i < s.ends[piece]; ++i) coefficient[i] = cutting[i] & kCut ? 0. : c;
       else
-        for (int64_t i = begin; i < end; ++i) coefficient[i] = c;
-      if (begin < end && pieces > 1) coefficient[kReverse ? end - 1 : begin] = 0.;
+        for (int64_t i = begin; i < s.ends[piece]; ++i) coefficient[i] = c;
     }
   }
 }
-
-template <bool kReverse, bool kCuts, class T>
-void scan(Slot<T>* slots, int chain, const double* c, int64_t n) {
-  double x[kWays] = {};
-  for (int64_t j = 0; j < n; ++j) {
-    const int64_t i = kReverse ? kChunk - 1 - j : j;
-    for (int k = 0; k < kWays; ++k) {
-      double* at = slots[k].x[chain] + i;
-      if (kCuts)
-        x[k] = scan_step(slots[k].coefficient[chain][i], x[k], *at);
-      else
-        x[k] = mul_add(c[k], x[k], *at);
-      *at = x[k];
-    }
-  }
-}
-
-// c^1, c^2, ... from the end the scan starts at.
-template <bool kReverse>
-struct Powers {
-  double c = 0.;
-  double table[kChunk];
-
-  const double* of(double coefficient) {
-    if (c == coefficient) return table;
-    c = coefficient;
-    constexpr int kStep = 8;
-    double power[kStep], stride = 1.;
-    for (int k = 0; k < kStep; ++k) power[k] = stride = stride * c;
-    for (int64_t j = 0; j < kChunk; j += kStep)
-      for (int k = 0; k < kStep; ++k) {
-        table[kReverse ? kChunk - 1 - j - k : j + k] = power[k];
-        power[k] = clamp_power(power[k] * stride);
-      }
-    return table;
-  }
-};
 
 // ---- advantages and returns ---------------------------------------------------------------------
 
@@ -551,128 +396,213 @@ struct Backward {
   }
 };
 
-// ---- the drive ----------------------------------------------------------------------------------
+// ---- one unit -----------------------------------------------------------------------------------
 
-// Scans up to kWays units side by side from zero.
+// Through buffers: whatever the mask, the flags, the strides and dtypes.
 template <class T, class Op>
-void scan_units(const Op& op, Slot<T>* slots, int count) {
-  constexpr bool kReverse = Op::kReverse;
-  const ScanSetting& g = op.a.setting;
-  int64_t longest = 0;
-  bool cut = false;
-  for (int k = 0; k < count; ++k) {
-    op.load_unit(slots[k]);
-    longest = slots[k].n > longest ? slots[k].n : longest;
-    cut |= slots[k].cut;
-  }
-  for (int chain = 0; chain < g.chains; ++chain) {
-    double c[kWays] = {};
-    for (int k = 0; k < kWays; ++k) {  // shorter chunks, and unused slots, end in zeros
-      Slot<T>& s = slots[k];
-      const int64_t n = k < count ? s.n : 0, from = kReverse ? kChunk - longest : n;
-      memset(s.x[chain] + from, 0, (longest - n) * sizeof(double));
-      if (k < count) c[k] = g.gamma * lambda_of(g, chain, s.unit.first);
-      if (!cut) continue;
-      memset(s.coefficient[chain] + from, 0, (longest - n) * sizeof(double));
-      if (n && !s.cut)
-        for (int64_t i = s.offset; i < s.offset + n; ++i) s.coefficient[chain][i] = c[k];
+class Buffered {
+ public:
+  static constexpr bool kReverse = Op::kReverse;
+  explicit Buffered(const Op& op) : op_(op), g_(op.a.setting) {}
+
+  // What a chunk hands on: its last step, and the power of c by which a carry reaches that (0: it
+  // does not).
+  void summarize(Unit& u) {
+    scan(u);
+    for (int chain = 0; chain < g_.chains; ++chain) {
+      const int64_t last = last_step();
+      bool cut = false;
+      if (s_.cut)
+        for (int64_t i = s_.offset; i < s_.offset + s_.n; ++i)
+          cut |= s_.coefficient[chain][i] == 0.;
+      u.local[chain] = s_.n ? s_.x[chain][last] : 0.;
+      u.factor[chain] = !s_.n ? 1. : cut ? 0. : powers_[chain].of(c(chain, u.first))[last];
     }
-    if (cut)
-      scan<kReverse, true>(slots, chain, c, longest);
-    else
-      scan<kReverse, false>(slots, chain, c, longest);
   }
-}
 
-// The last step of the scan, and the power of c by which a carry reaches it (0: it does not).
-template <bool kReverse, class T>
-void summarize(const ScanSetting& g, Slot<T>& s, Powers<kReverse>* powers, Unit& u) {
-  for (int chain = 0; chain < g.chains; ++chain) {
-    const int64_t last = kReverse ? s.offset : s.n - 1;
-    bool cut = false;
-    if (s.cut)
-      for (int64_t i = s.offset; i < s.offset + s.n; ++i) cut |= s.coefficient[chain][i] == 0.;
-    u.local[chain] = s.n ? s.x[chain][last] : 0.;
-    u.factor[chain] = !s.n  ? 1.
-                      : cut ? 0.
-                            : powers[chain].of(g.gamma * lambda_of(g, chain, u.first))[last];
+  // Writes a unit, given what its neighbour carries into it; leaves what it carries on.
+  void finish(const Unit& u, double* carry) {
+    scan(u);
+    for (int chain = 0; chain < g_.chains; ++chain) {
+      s_.unit.carry[chain] = carry[chain];
+      if (u.neighbour >= 0) complete(chain);
+      if (s_.n) carry[chain] = s_.x[chain][last_step()];
+    }
+    op_.store_unit(s_);
   }
-}
 
-// Adds what the neighbouring chunk carries into this one, up to the first cut.
-template <bool kReverse, class T>
-void complete(const ScanSetting& g, Slot<T>& s, Powers<kReverse>* powers) {
-  for (int chain = 0; chain < g.chains; ++chain) {
-    int64_t begin = s.offset, end = s.offset + s.n;
-    const double c = g.gamma * lambda_of(g, chain, s.unit.first), carry = s.unit.carry[chain];
-    const double* coefficient = s.coefficient[chain];
-    for (int64_t i = end; s.cut && i > begin; --i)
+ private:
+  double c(int chain, int64_t sequence) const { return g_.gamma * lambda_of(g_, chain, sequence); }
+  int64_t last_step() const { return kReverse ? s_.offset : s_.n - 1; }
+
+  void scan(const Unit& u) {
+    s_.unit = u;
+    op_.load_unit(s_);
+    for (int chain = 0; chain < g_.chains; ++chain)
+      for (int64_t piece = 0, begin = 0; piece < u.last - u.first; begin = s_.ends[piece++]) {
+        blocks_[chain].set(c(chain, u.first + piece));
+        double* x = s_.x[chain] + s_.offset + begin;
+        const double* coefficient = s_.coefficient[chain] + s_.offset + begin;
+        if (s_.cut)
+          blocks_[chain].template scan<true>(x, coefficient, s_.ends[piece] - begin);
+        else
+          blocks_[chain].template scan<false>(x, coefficient, s_.ends[piece] - begin);
+      }
+  }
+
+  // Adds what the neighbouring chunk carries into this one, up to the first cut.
+  void complete(int chain) {
+    int64_t begin = s_.offset, end = s_.offset + s_.n;
+    const double carry = s_.unit.carry[chain];
+    const double* coefficient = s_.coefficient[chain];
+    for (int64_t i = end; s_.cut && i > begin; --i)
       if (coefficient[i - 1] == 0.) (kReverse ? begin : end) = kReverse ? i : i - 1;
-    if (begin >= end) continue;
-    const double* power = powers[chain].of(c);
-    double* x = s.x[chain];
+    if (begin >= end) return;
+    const double* power = powers_[chain].of(c(chain, s_.unit.first));
+    double* x = s_.x[chain];
     for (int64_t i = begin; i < end; ++i) x[i] = mul_add(power[i], carry, x[i]);
   }
-}
+
+  const Op& op_;
+  const ScanSetting& g_;
+  Slot<T> s_;
+  Powers<kReverse> powers_[kChains];
+  Blocks<kReverse> blocks_[kChains];
+};
+
+// Straight from the rewards and values to the advantages and returns, in one pass, where no step is
+// masked or ends an episode: the same operations on the same steps, and so the same bits.
+template <class T>
+class Direct {
+ public:
+  static constexpr bool kReverse = true;
+  explicit Direct(const Forward<T>& op)
+      : op_(op), a_(op.a), gamma_(a_.setting.gamma), c_(gamma_ * a_.setting.lam) {
+    blocks_.set(c_);
+  }
+
+  static bool fits(const ScanForward& a) {
+    const ScanSetting& g = a.setting;
+    const auto as_is = [](const View& v) {
+      return !v.data || (v.dtype == DTypeOf<T>::value && v.stride[1] == 1);
+    };
+    return !g.mask.data && !g.terminated.data && !g.truncated.data && !g.lams.data &&
+           g.chains == 1 && g.gamma * g.lam > 0. && as_is(a.rewards) && as_is(a.values);
+  }
+
+  void summarize(Unit& u) {
+    const int64_t n = u.run.end - u.run.begin;
+    u.local[0] = steps<false, false>(u.run, op_.value_after(u, 0), 0.);
+    u.factor[0] = n ? powers_.of(c_)[kChunk - n] : 1.;
+  }
+
+  void finish(const Unit& u, double* carry) {
+    if (u.neighbour >= 0)
+      *carry = steps<true, true>(u.run, op_.value_after(u, 0), *carry);
+    else
+      for (int64_t piece = 0; piece < u.last - u.first; ++piece) {
+        const Run run = u.chunk ? u.run : written(a_.setting, u, piece);
+        *carry = steps<true, false>(run, op_.value_after(u, piece), 0.);
+      }
+  }
+
+ private:
+  // At most kChunk steps of one sequence; the first one's advantage.
+  template <bool kWrite, bool kComplete>
+  double steps(const Run& run, double after_last, double carried) {
+    const int64_t n = run.end - run.begin, position = run.row * a_.setting.cols + run.begin;
+    const auto from = [&](const View& v) {
+      return v.data ? reinterpret_cast<const T*>(address(v, run.row, run.begin)) : zeros_;
+    };
+    const auto to = [&](const View& v) {
+      return v.data ? static_cast<T*>(v.data) + position : nullptr;
+    };
+    const T *r = from(a_.rewards), *v = from(a_.values), after = static_cast<T>(after_last);
+    T *advantages = to(a_.advantages), *returns = to(a_.returns);
+    const double* power = kComplete ? powers_.of(c_) + kChunk - n : nullptr;
+    const auto write = [&](int64_t i, double x) {
+      if (kWrite && advantages) advantages[i] = static_cast<T>(x);
+      if (kWrite && returns) returns[i] = static_cast<T>(x + v[i]);
+    };
+
+    double x = 0.;
+    int64_t end = n;
+    for (; end; --end) {  // see Blocks::scan
+      const double next = end == n ? after : v[end];
+      const double delta = td_error(r[end - 1], v[end - 1], next, gamma_);
+      if (delta != 0.) break;
+      x = kComplete ? mul_add(power[end - 1], carried, delta) : delta;
+      write(end - 1, x);
+    }
+    vdouble carry{};
+    for (int64_t left = end; left; left -= left < kSteps ? left : kSteps) {
+      const int64_t count = left < kSteps ? left : kSteps, at = left - count;
+      const bool inner = count == kSteps && left < n;
+      T edge[3][kSteps] = {};  // of a block that is not whole, or has no step behind it
+      const int64_t into = kSteps - count;
+      if (!inner) {
+        memcpy(edge[0] + into, r + at, count * sizeof(T));
+        memcpy(edge[1] + into, v + at, count * sizeof(T));
+        memcpy(edge[2] + into, v + at + 1, (count - (left == n)) * sizeof(T));
+        if (left == n) edge[2][kSteps - 1] = after;
+      }
+      const vdouble reward = widen(inner ? r + at : edge[0]),
+                    value = widen(inner ? v + at : edge[1]),
+                    next = widen(inner ? v + at + 1 : edge[2]);
+      const vdouble local =
+          blocks_.from_zero(multiply_add(vdouble{} + gamma_, next, reward - value));
+      vdouble y = multiply_add(blocks_.reach, carry, local);
+      carry = multiply_add(vdouble{} + blocks_.across, carry, blocks_.edge(local));
+      if (count == kSteps) {
+        if (kComplete) y = multiply_add(load_doubles(power + at), vdouble{} + carried, y);
+        if (kWrite && advantages) narrow(advantages + at, y);
+        if (kWrite && returns) narrow(returns + at, y + value);
+        x = y[0];
+      } else {
+        for (int64_t i = count; i--;) {
+          x = kComplete ? mul_add(power[at + i], carried, y[into + i]) : y[into + i];
+          write(at + i, x);
+        }
+      }
+    }
+    return x;
+  }
+
+  const Forward<T>& op_;
+  const ScanForward& a_;
+  const double gamma_, c_;
+  Powers<true> powers_;
+  Blocks<true> blocks_;
+  const T zeros_[kChunk + 1] = {};
+};
+
+// ---- the drive ----------------------------------------------------------------------------------
 
 // Whole sequences, one after the other.
-template <class T, class Op>
+template <class Stage, class Op>
 void run_sequences(const Op& op, int64_t first, int64_t end) {
-  constexpr bool kReverse = Op::kReverse;
-  const ScanSetting& g = op.a.setting;
-  Slot<T> slots[kWays];
-  Powers<kReverse> powers[kChains];
-  Walker<kReverse> walker(g, op.skips_masked(), first, end);
+  Stage stage(op);
+  Walker<Stage::kReverse> walker(op.a.setting, op.skips_masked(), first, end);
   double carry[kChains] = {};
-  for (;;) {
-    int count = 0;
-    while (count < kWays && walker.next(slots[count].unit)) ++count;
-    if (!count) return;
-    scan_units(op, slots, count);
-    for (int k = 0; k < count; ++k) {
-      Slot<T>& s = slots[k];
-      if (s.unit.neighbour >= 0) {
-        memcpy(s.unit.carry, carry, sizeof(carry));
-        complete<kReverse>(g, s, powers);
-      }
-      if (s.n)
-        for (int chain = 0; chain < g.chains; ++chain)
-          carry[chain] = s.x[chain][kReverse ? s.offset : s.n - 1];
-      op.store_unit(s);
-    }
-  }
+  for (Unit u; walker.next(u);) stage.finish(u, carry);
 }
 
 // Few long sequences: every chunk is scanned for what it hands on, the carries follow, then every
 // chunk again.
-template <class T, class Op>
+template <class Stage, class Op>
 bool run_chunks(const Op& op, int threads) {
-  constexpr bool kReverse = Op::kReverse;
   const ScanSetting& g = op.a.setting;
   int64_t total = 0, room = 3 * g.rows * g.cols / kChunk + 2 * g.sequences + 4;
   Unit* units = static_cast<Unit*>(malloc(room * sizeof(Unit)));
   if (!units) return false;
-  Walker<kReverse> walker(g, op.skips_masked(), 0, g.sequences);
+  Walker<Stage::kReverse> walker(g, op.skips_masked(), 0, g.sequences);
   while (walker.next(units[total])) ++total;
-  const int64_t groups = (total + kWays - 1) / kWays;
 
 #pragma omp parallel num_threads(threads)
   {
-    Slot<T> slots[kWays];
-    Powers<kReverse> powers[kChains];
-    const auto scan_group = [&](int64_t group) {
-      const int64_t from = group * kWays;
-      const int count = static_cast<int>(total - from < kWays ? total - from : kWays);
-      for (int k = 0; k < count; ++k) slots[k].unit = units[from + k];
-      scan_units(op, slots, count);
-      return count;
-    };
+    Stage stage(op);
 #pragma omp for schedule(static)
-    for (int64_t group = 0; group < groups; ++group) {
-      const int count = scan_group(group);
-      for (int k = 0; k < count; ++k)
-        summarize<kReverse>(g, slots[k], powers, units[group * kWays + k]);
-    }
+    for (int64_t i = 0; i < total; ++i) stage.summarize(units[i]);
 #pragma omp single
     for (int64_t i = 1; i < total; ++i)
       for (int chain = 0; chain < g.chains && units[i].neighbour >= 0; ++chain) {
@@ -683,13 +613,7 @@ bool run_chunks(const Op& op, int threads) {
                   : mul_add(before.factor[chain], before.carry[chain], before.local[chain]);
       }
 #pragma omp for schedule(static)
-    for (int64_t group = 0; group < groups; ++group) {
-      const int count = scan_group(group);
-      for (int k = 0; k < count; ++k) {
-        if (slots[k].unit.neighbour >= 0) complete<kReverse>(g, slots[k], powers);
-        op.store_unit(slots[k]);
-      }
-    }
+    for (int64_t i = 0; i < total; ++i) stage.finish(units[i], units[i].carry);
   }
   free(units);
   return true;
@@ -717,7 +641,7 @@ bool in_unit_interval(const View& lams, int64_t n) {
   return true;
 }
 
-template <class T, class Op>
+template <class Stage, class Op>
 void drive(const Op& op) {
   const ScanSetting& g = op.a.setting;
   const int threads = g.rows * g.cols < kSerialTokens ? 1 : static_cast<int>(op.a.threads);
@@ -732,11 +656,20 @@ void drive(const Op& op) {
     busiest = tokens > busiest ? tokens : busiest;
   }
   // Scanning twice, evenly shared, against once with one thread late.
-  if (threads > 1 && 4 * threads * busiest > 7 * g.rows * g.cols && run_chunks<T>(op, threads))
+  if (threads > 1 && 4 * threads * busiest > 7 * g.rows * g.cols && run_chunks<Stage>(op, threads))
     return;
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
   for (int t = 0; t < threads; ++t)
-    run_sequences<T>(op, share(g, t, threads), share(g, t + 1, threads));
+    run_sequences<Stage>(op, share(g, t, threads), share(g, t + 1, threads));
+}
+
+template <class T>
+void forward(const ScanForward& a) {
+  const Forward<T> op{a};
+  if (Direct<T>::fits(a))
+    drive<Direct<T>>(op);
+  else
+    drive<Buffered<T, Forward<T>>>(op);
 }
 
 Fault bad_setting(const ScanSetting& g) {
@@ -752,19 +685,16 @@ Fault scan_forward(const ScanForward& a) {
   const Fault fault = bad_setting(a.setting);
   if (fault.kind != kNoFault) return fault;
   const View& out = a.advantages.data ? a.advantages : a.returns;
-  if (out.dtype == kF64)
-    drive<double>(Forward<double>{a});
-  else
-    drive<float>(Forward<float>{a});
+  out.dtype == kF64 ? forward<double>(a) : forward<float>(a);
   return fault;
 }
 
 Fault scan_backward(const ScanBackward& a) {
   const View& grad = a.grad_advantages.data ? a.grad_advantages : a.grad_returns;
   if (grad.dtype == kF64)
-    drive<double>(Backward<double>{a});
+    drive<Buffered<double, Backward<double>>>(Backward<double>{a});
   else
-    drive<float>(Backward<float>{a});
+    drive<Buffered<float, Backward<float>>>(Backward<float>{a});
   return {kNoFault, 0};
 }
 

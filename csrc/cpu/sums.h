@@ -19,7 +19,7 @@ struct Lanes<float> {
   static PPOK_INLINE V load(const float* p) { return ppok::PPOK_ISA::load(p); }
   static PPOK_INLINE void store(float* p, V x) { ppok::PPOK_ISA::store(p, x); }
   static PPOK_INLINE V splat(double x) { return ppok::PPOK_ISA::splat(static_cast<float>(x)); }
-  static PPOK_INLINE V exp(V x) { return vexp(x); }
+  static PPOK_INLINE V exp_where(V x, Mask where) { return any_lane(where) ? vexp(x) : x; }
   static PPOK_INLINE Mask nonzero(const uint8_t* p) { return load_bytes(p) != 0; }
 };
 
@@ -31,7 +31,7 @@ struct Lanes<double> {
   static PPOK_INLINE V load(const double* p) { return *p; }
   static PPOK_INLINE void store(double* p, V x) { *p = x; }
   static PPOK_INLINE V splat(double x) { return x; }
-  static PPOK_INLINE V exp(V x) { return ::exp(x); }
+  static PPOK_INLINE V exp_where(V x, Mask where) { return where ? exp(x) : x; }
   static PPOK_INLINE Mask nonzero(const uint8_t* p) { return *p != 0; }
 };
 
@@ -52,14 +52,7 @@ struct Sum<float> {
     low += a * a;
     high += b * b;
   }
-  double total() const {
-    const vdouble both = low + high;
-    double lanes[kLanes / 2];
-    memcpy(lanes, &both, sizeof both);
-    for (int step = kLanes / 4; step; step /= 2)
-      for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-    return lanes[0];
-  }
+  double total() const { return sum_lanes(low + high); }
 };
 
 template <>
@@ -68,6 +61,20 @@ struct Sum<double> {
   PPOK_INLINE void add(double x) { value += x; }
   PPOK_INLINE void add_square(double x) { value += x * x; }
   double total() const { return value; }
+};
+
+// The same at a fraction of the work, for float terms that are rounded themselves: what is added
+// between two calls of settle() is summed as floats. Few terms, or their error shows.
+template <class T>
+struct SumInGroups {
+  typename Lanes<T>::V pending{};
+  Sum<T> sum;
+  PPOK_INLINE void add(typename Lanes<T>::V x) { pending += x; }
+  PPOK_INLINE void settle() {
+    sum.add(pending);
+    pending = typename Lanes<T>::V{};
+  }
+  double total() const { return sum.total(); }
 };
 
 // How often a condition held; at most 2^31 - 1 times per lane.
@@ -92,30 +99,21 @@ struct Count<double> {
   double total() const { return static_cast<double>(value); }
 };
 
-// The larger of two; a NaN wins over everything, as in torch.amax.
-template <class V>
-PPOK_INLINE V max_or_nan(V a, V b) {
-  return ((b > a) | (b != b)) ? b : a;
-}
-
+// NaN is passed over, and so are no elements at all: -inf.
 template <class T>
 struct Maximum;
 
 template <>
 struct Maximum<float> {
   vfloat lanes = splat(-INFINITY);
-  PPOK_INLINE void add(vfloat x) { lanes = max_or_nan(lanes, x); }
-  double total() const {
-    float m = lanes[0];
-    for (int i = 1; i < kLanes; ++i) m = max_or_nan(m, static_cast<float>(lanes[i]));
-    return m;
-  }
+  PPOK_INLINE void add(vfloat x) { lanes = max_or_second(x, lanes); }
+  double total() const { return max_lanes(lanes); }
 };
 
 template <>
 struct Maximum<double> {
   double value = -INFINITY;
-  PPOK_INLINE void add(double x) { value = max_or_nan(value, x); }
+  PPOK_INLINE void add(double x) { value = x > value ? x : value; }
   double total() const { return value; }
 };
 

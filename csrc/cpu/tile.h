@@ -53,6 +53,85 @@ inline uint16_t float_to_half_bits(float x, bool bf16) {
   return lanes[0];
 }
 
+// Contiguous elements of one dtype, two vectors of floats at a time, in an order of their own: for
+// sums and maxima. A key orders as its element does, and may be cheaper to make.
+template <int32_t kDType>
+struct Columns;
+
+template <>
+struct Columns<kF32> {
+  static constexpr int32_t kType = kF32;
+  using Element = float;
+  static Element minus_infinity() { return -INFINITY; }
+  static PPOK_INLINE void load_two(const Element* p, vfloat* x) {
+    x[0] = load(p);
+    x[1] = load(p + kLanes);
+  }
+  static PPOK_INLINE void load_two_keys(const Element* p, vfloat* x) { load_two(p, x); }
+  static float from_key(float key) { return key; }
+  static PPOK_INLINE void store_two(Element* p, const vfloat* x) {
+    store(p, x[0]);
+    store(p + kLanes, x[1]);
+  }
+  static float to_float(Element x) { return x; }
+  static Element from_float(float x) { return x; }
+};
+
+template <>
+struct Columns<kBF16> {
+  static constexpr int32_t kType = kBF16;
+  using Element = uint16_t;
+  static Element minus_infinity() { return 0xff80; }
+  static PPOK_INLINE void load_two(const Element* p, vfloat* x) {
+    const vuint pairs = load_pairs(p);
+    x[0] = reinterpret_cast<vfloat>(pairs << 16);
+    x[1] = reinterpret_cast<vfloat>(pairs & 0xffff0000u);
+  }
+  // The upper element of a pair with the lower one behind it, as if that were more of its mantissa.
+  static PPOK_INLINE void load_two_keys(const Element* p, vfloat* x) {
+    const vuint pairs = load_pairs(p);
+    x[0] = reinterpret_cast<vfloat>(pairs << 16);
+    x[1] = reinterpret_cast<vfloat>(pairs);
+  }
+  static float from_key(float key) {
+    uint32_t bits;
+    memcpy(&bits, &key, sizeof bits);
+    bits &= 0xffff0000u;
+    memcpy(&key, &bits, sizeof bits);
+    return key;
+  }
+  static PPOK_INLINE void store_two(Element* p, const vfloat* x) {
+    store_pairs(p, round_to_bf16(x[0]) >> 16 | (round_to_bf16(x[1]) & 0xffff0000u));
+  }
+  static float to_float(Element x) { return half_bits_to_float(x, true); }
+  static Element from_float(float x) { return float_to_half_bits(x, true); }
+};
+
+template <>
+struct Columns<kF16> {
+  static constexpr int32_t kType = kF16;
+  using Element = uint16_t;
+  static Element minus_infinity() { return 0xfc00; }
+  static PPOK_INLINE void load_two(const Element* p, vfloat* x) {
+    x[0] = load_f16(p);
+    x[1] = load_f16(p + kLanes);
+  }
+  static PPOK_INLINE void load_two_keys(const Element* p, vfloat* x) { load_two(p, x); }
+  static float from_key(float key) { return key; }
+  static PPOK_INLINE void store_two(Element* p, const vfloat* x) {
+    store_f16(p, x[0]);
+    store_f16(p + kLanes, x[1]);
+  }
+  static float to_float(Element x) { return half_bits_to_float(x, false); }
+  static Element from_float(float x) { return float_to_half_bits(x, false); }
+};
+
+template <>
+struct Columns<kF64> {
+  static constexpr int32_t kType = kF64;
+  using Element = double;
+};
+
 template <class T>
 inline void read_strided(const void* data, int32_t dtype, int64_t stride, int64_t n, T* out) {
   switch (dtype) {

@@ -26,14 +26,14 @@ struct PolicyToken {
 // max(-A r, -A clip(r, low, high)), and for A < 0 at most -A dual: the ratio is bounded from above
 // where the advantage rewards raising it, from below where it rewards lowering it, and d(-A r) / d
 // log r = -A r.
-template <class V>
+template <class V, bool kDual>
 struct ClippedRatio {
   V low, high, dual;
   PPOK_HD PolicyToken<V> operator()(V ratio, V advantage) const {
     const V zero{};
     const Flag<V> above_high = (advantage > zero) & (ratio > high);
     const Flag<V> below_low = (advantage < zero) & (ratio < low);
-    const Flag<V> above_dual = (advantage < zero) & (ratio > dual);
+    const Flag<V> above_dual = kDual ? (advantage < zero) & (ratio > dual) : Flag<V>{};
     V bounded = above_high ? high : ratio;
     bounded = below_low ? low : bounded;
     bounded = above_dual ? dual : bounded;
