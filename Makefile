@@ -1,5 +1,7 @@
 # make demo    PPO on real text, start to finish, from nothing but python3 and a C++ compiler
-# make test    every test
+# make test    every test; the Triton kernels on the CPU, in Triton's interpreter
+# make verify-all   every launch of the Triton kernels compiled for every GPU it is tested for
+# make gpu-check    on a machine with a GPU: the Triton kernels tested on it and timed, under 9 minutes
 # make bench   every function against torch, on one thread and on all; ARGS="gae --sizes small" to choose
 # make lint    ruff, clang-format, mypy
 # make test-sanitize   the op tests on kernels built with AddressSanitizer and UBSan
@@ -14,7 +16,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 2>/dev/null)
 
-.PHONY: demo bench test test-sanitize test-floor lint format docs clean
+.PHONY: demo bench test verify-all gpu-check test-sanitize test-floor lint format docs clean
 
 demo: .venv/installed
 	$(BIN)/ppo-kernels demo
@@ -24,8 +26,16 @@ bench: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k triton
 
-OP_TESTS := $(shell ls python_tests/test_*.py | grep -vE 'package|trainer|bench')
+verify-all: .venv/installed
+	$(BIN)/python python_tests/compile_ladder.py
+
+# With the torch and the Triton that are there: a CUDA build of torch is not what .venv installs.
+gpu-check:
+	$(PYTHON) python_tests/gpu_check.py
+
+OP_TESTS := $(shell ls python_tests/test_*.py | grep -vE 'package|trainer|bench|triton')
 
 # A second environment on top of .venv, whose ppo_kernels is the sanitized build. Leaks are Python's own affair.
 test-sanitize: .venv/installed

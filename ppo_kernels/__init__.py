@@ -7,6 +7,7 @@ except ImportError as _error:
         "ppo_kernels needs torch >= 2.6; install it with: pip install torch"
     ) from _error
 
+from ._faults import check
 from ._op import op_counts, reset_op_counts, use_backend
 from .metrics import PolicyMetrics, ValueMetrics, reduce_metrics
 from .ops.clipped_loss import ClippedLoss, clipped_loss
@@ -27,6 +28,7 @@ __all__ = [
     "ShapedRewards",
     "ValueLoss",
     "ValueMetrics",
+    "check",
     "clipped_loss",
     "discounted_returns",
     "gae",

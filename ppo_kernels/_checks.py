@@ -17,6 +17,8 @@ INDICES = (torch.int32, torch.int64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, *INDICES, *FLOATS)
 # Fault kinds of csrc/kernels.h.
 BAD_TOKEN, BAD_TEMPERATURE, BAD_OFFSETS = 1, 2, 3
+# A GPU keeps a fault as one integer, position << FAULT_KIND_BITS | kind.
+FAULT_KIND_BITS = 8
 
 
 def compute_dtype(*inputs: Tensor) -> torch.dtype:
@@ -136,4 +138,16 @@ def raise_row_fault(
     raise ValueError(
         f"temperature: expected finite values above 0 at live positions, "
         f"got {float(temperatures.flatten()[where])} at flat position {where}"
+    )
+
+
+def raise_device_fault(fault: int, device: torch.device) -> NoReturn:
+    """What a kernel on a GPU noted; the tensors are gone, so the value cannot be told."""
+    what = {
+        BAD_TOKEN: "tokens: expected ids in [0, V) or ignore_index at live positions",
+        BAD_TEMPERATURE: "temperature: expected finite values above 0 at live positions",
+    }[fault & ((1 << FAULT_KIND_BITS) - 1)]
+    raise ValueError(
+        f"{what}, got another at flat position {fault >> FAULT_KIND_BITS} "
+        f"in a call on {device} since the last check"
     )

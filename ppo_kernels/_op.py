@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import cpu
+from . import _faults, cpu, triton
 
 
 class Backend(NamedTuple):
@@ -42,6 +42,7 @@ class Backend(NamedTuple):
 # In the order `auto` prefers them. The reference runs wherever torch does.
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(("cpu",), cpu.UNAVAILABLE),
+    "triton": Backend(("cuda",), triton.UNAVAILABLE),
     "torch": Backend((), None),
 }
 OPS: dict[str, Op] = {}
@@ -171,9 +172,8 @@ class Op:
         _LIBRARY.define(f"{name}{arguments}, str backend) -> {returns}")
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(name, self._run, key)
-        torch.library.register_fake(
-            f"ppo_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY
-        )
+        self.fake = fake
+        torch.library.register_fake(f"ppo_kernels::{name}", self._run_fake, lib=_LIBRARY)
         _LIBRARY.impl(name, self._autograd, "Autograd")
         self._overload = getattr(torch.ops.ppo_kernels, name).default
         OPS[name] = self
@@ -212,18 +212,30 @@ class Op:
         backend = args[-1]
         kernel = self.kernels[backend]
         _counts[self.name, backend] += 1
-        if BACKENDS[backend].devices == ("cpu",):
+        if backend == "cpu":
             return kernel(*args[:-1])
-        device = next(a.device for a in args if isinstance(a, Tensor))
+        device = _device(args)
         if device.type == "cuda":
             with torch.cuda.device(device):
-                return kernel(*args[:-1])
-        return kernel(*args[:-1])
+                result = kernel(*args[:-1])
+        else:
+            result = kernel(*args[:-1])
+        _faults.check_in_debug_mode(device)
+        return result
+
+    def _run_fake(self, *args: Any) -> Any:
+        if "cuda" in BACKENDS[args[-1]].devices:
+            _faults.prepare(_device(args))
+        return self.fake(*args[:-1])
 
     def _not_differentiable(self, *args: Any) -> Any:
         if torch.is_grad_enabled():
             raise_if_recorded(self.name, args)
         return self.below(*args)
+
+
+def _device(args: Sequence[Any]) -> torch.device:
+    return next(a.device for a in args if isinstance(a, Tensor))
 
 
 def raise_if_recorded(name: str, args: Sequence[Any]) -> None:

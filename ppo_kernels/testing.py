@@ -21,7 +21,7 @@ from torch import Tensor
 import ppo_kernels
 
 from . import cpu
-from ._op import BACKENDS, op_counts, reset_op_counts, use_backend
+from ._op import BACKENDS, OPS, op_counts, refusal, reset_op_counts, use_backend
 from .ops._aggregation import AGGREGATIONS
 
 Inputs = dict[str, Any]
@@ -60,13 +60,28 @@ class Case:
 # ---- executors and layouts ---------------------------------------------------------------------
 
 
-def executors() -> list[str]:
-    """Every executor that can run here: the backends, `cpu` once per instruction-set level."""
+def executors(*functions: str, device: str | None = None) -> list[str]:
+    """Every executor that can run these public functions here, on tensors of `device` (None: any).
+
+    The backends, `cpu` once per instruction-set level.
+    """
+    ops = [op for op in OPS.values() if op.function in functions]
     names = []
-    for name, entry in BACKENDS.items():
-        if entry.unavailable is None:
+    for name in BACKENDS:
+        runs_on = device_of(name) if device is None else device
+        if all(refusal(op, name, runs_on) is None for op in ops) and _present(runs_on):
             names += [f"cpu:{isa}" for isa in cpu.supported_isas()] if name == "cpu" else [name]
     return names
+
+
+def device_of(name: str) -> str:
+    """The type of the device whose tensors this executor is tested with."""
+    devices = BACKENDS[name.partition(":")[0]].devices or ("cpu",)
+    return next(filter(_present, devices), devices[0])
+
+
+def _present(device: str) -> bool:
+    return device != "cuda" or torch.cuda.is_available()
 
 
 @contextmanager
@@ -88,7 +103,8 @@ def executor(name: str) -> Iterator[str]:
 
 def _embedded(t: Tensor, shape: tuple[int, ...], view: Callable[[Tensor], Tensor]) -> Tensor:
     """The values of `t` inside a larger tensor whose other elements are NaN (or nonsense)."""
-    whole = torch.full(shape, float("nan") if t.is_floating_point() else 77).to(t.dtype)
+    anything = float("nan") if t.is_floating_point() else 77
+    whole = torch.full(shape, anything, device=t.device).to(t.dtype)
     inside = view(whole)
     inside.copy_(t)
     return inside
@@ -110,15 +126,17 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def arrange(inputs: Inputs, dtype: torch.dtype | None, layout: str = "contiguous") -> Inputs:
-    """Floating-point tensors in `dtype` (None: as they are) and every tensor laid out as asked."""
+def arrange(
+    inputs: Inputs, dtype: torch.dtype | None, layout: str = "contiguous", device: str = "cpu"
+) -> Inputs:
+    """Floating-point tensors in `dtype` (None: as they are), every tensor as and where asked."""
 
     def convert(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if dtype is not None and value.is_floating_point():
             value = value.to(dtype)
-        return LAYOUTS[layout](value)
+        return LAYOUTS[layout](value.to(device))
 
     return {name: convert(value) for name, value in inputs.items()}
 
@@ -174,7 +192,7 @@ def allowed_error(exact: Tensor, torch32: Tensor, scale: Tensor | float | None) 
 
 def mismatch(got: Tensor, exact: Tensor, allowed: Tensor) -> str | None:
     """What is wrong with `got`, or None. NaN and infinities must agree."""
-    got = got.double()
+    got = got.double().to(exact.device)
     same = (got == exact) | (got.isnan() & exact.isnan())
     bad = ~(same | ((got - exact).abs() <= allowed))
     if not bad.any():
@@ -271,7 +289,7 @@ def check(case: Case, name: str, dtype: torch.dtype, layout: str, seed: int = 0)
     inputs, want = _expected(case, dtype, seed)
     reset_op_counts()
     with executor(name) as backend:
-        got, grads = run(case, arrange(inputs, dtype, layout))
+        got, grads = run(case, arrange(inputs, dtype, layout, device_of(name)))
     ran = op_counts()
     ops = (case.function,) if backend == "torch" else case.forward + case.backward
     assert set(ran) == {(op, backend) for op in ops}, f"asked for {ops}, ran {ran}"

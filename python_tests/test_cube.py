@@ -19,7 +19,9 @@ def poisoned_outputs():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("executor", executors())
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+@pytest.mark.parametrize(
+    ("case", "executor"),
+    [pytest.param(c, e, id=f"{c.id}-{e}") for c in CASES for e in executors(c.function)],
+)
 def test_cell(case, executor, dtype, layout):
     check(case, executor, dtype, layout)

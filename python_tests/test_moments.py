@@ -14,7 +14,7 @@ from torch.library import opcheck
 import ppo_kernels as pk
 from ppo_kernels.testing import DTYPES, LAYOUTS, executor, executors
 
-EXECUTORS = executors()
+EXECUTORS = executors("whiten", "masked_mean", "masked_sum", device="cpu")
 COMPILED = [e for e in EXECUTORS if e != "torch"]
 NAN = math.nan
 

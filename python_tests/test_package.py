@@ -113,6 +113,30 @@ def test_import_survives_a_missing_compiled_module():
     assert "torch: can run" in refused
 
 
+TRITON = """
+import sys, json
+import torch
+before = "triton" in sys.modules
+if MISSING:
+    sys.modules["triton"] = None
+import ppo_kernels as pk
+waited = "triton" in sys.modules and not before and not MISSING
+try:
+    pk.logprobs_from_logits(torch.randn(2, 5), torch.zeros(2, dtype=torch.int64), backend="triton")
+except RuntimeError as error:
+    refused = str(error)
+print(json.dumps([waited, refused]))
+"""
+
+
+def test_triton_is_not_imported_and_may_be_missing():
+    waited, refused = python("MISSING = False" + TRITON, TRITON_INTERPRET="0")
+    assert not waited
+    assert "'triton' cannot run logprobs_from_logits: runs on cuda tensors, these are" in refused
+    _, refused = python("MISSING = True" + TRITON, TRITON_INTERPRET="0")
+    assert "cannot run logprobs_from_logits: triton is not installed (cpu: can run; " in refused
+
+
 def test_import_without_torch_says_so_in_one_line():
     code = "import sys; sys.modules['torch'] = None; import ppo_kernels"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
 from ..cpu import logprob as cpu
+from ..triton import kernel as triton
 
 
 class LogProbs(NamedTuple):
@@ -230,13 +231,13 @@ def _check_data(tokens: Tensor, live: Tensor, temperature: float | Tensor, vocab
 class _Logprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        mask, temperatures, temperature, softcap, scale, ignore_index, _, inplace, backend = args
+        mask, temperatures, temperature, softcap, scale, ignore_index, *flags, backend = args
         ctx.set_materialize_grads(False)
         result = _FORWARD.below(logits, tokens, *args)
         logprobs, _, state = result
         ctx.save_for_backward(logits, tokens, mask, temperatures, logprobs, state)
         ctx.settings = (temperature, softcap, scale, ignore_index)
-        ctx.inplace, ctx.backend = inplace, backend
+        (ctx.entropy, ctx.inplace), ctx.backend = flags, backend
         ctx.mark_non_differentiable(state)
         return result
 
@@ -244,6 +245,8 @@ class _Logprob(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         forbid_double_backward("logprobs_from_logits")
         grad_logprobs, grad_entropy, _ = grads
+        if not ctx.entropy:  # compiled graphs give the empty output a gradient
+            grad_entropy = None
         nothing = (None,) * 10
         if grad_logprobs is None and grad_entropy is None:
             return (None, *nothing)
@@ -301,6 +304,7 @@ _FORWARD = Op(
     fake=_fake_forward,
     autograd=_autograd,
     cpu=lambda *args: cpu.logprob_forward(*args[:-1]),
+    triton=triton("logprob", "logprob_forward"),
 )
 _BACKWARD_SCHEMA = (
     "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor{} logits, Tensor tokens, Tensor? mask, "
@@ -313,6 +317,7 @@ _BACKWARD = Op(
     function="logprobs_from_logits",
     fake=_fake_backward,
     cpu=cpu.logprob_backward,
+    triton=triton("logprob", "logprob_backward"),
 )
 _BACKWARD_INPLACE = Op(
     "logprob_backward_",
@@ -320,4 +325,5 @@ _BACKWARD_INPLACE = Op(
     function="logprobs_from_logits",
     fake=lambda *args: None,
     cpu=cpu.logprob_backward_,
+    triton=triton("logprob", "logprob_backward_"),
 )

@@ -1,0 +1,232 @@
+"""The Triton backend beyond the cube: the split over few rows, faults, what is launched.
+
+Runs where the backend does: on a GPU, or interpreted with TRITON_INTERPRET=1.
+"""
+
+import pytest
+import torch
+
+import ppo_kernels as pk
+from ppo_kernels import _faults
+from ppo_kernels.testing import device_of, executors
+
+if "triton" not in executors("logprobs_from_logits"):
+    pytest.skip("triton runs neither on a GPU nor interpreted", allow_module_level=True)
+
+from ppo_kernels.triton import _configs, _launch, logprob
+
+DEVICE = device_of("triton")
+
+
+def example(*shape, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(shape, generator=g) * 3).to(dtype)
+    return logits.to(DEVICE), torch.randint(shape[-1], shape[:-1], generator=g).to(DEVICE)
+
+
+def results(logits, tokens, **more):
+    """Outputs and gradient."""
+    leaf = logits.detach().requires_grad_()
+    out = pk.logprobs_from_logits(leaf, tokens, entropy=True, backend="triton", **more)
+    (grad,) = torch.autograd.grad(out.logprobs.sum() + 0.3 * out.entropy.sum(), leaf)
+    return out.logprobs.detach(), out.entropy.detach(), grad
+
+
+def launched(monkeypatch, module=logprob):
+    """Names of the kernels that `module` launches from here on."""
+    names = []
+
+    def spy(kernel, *args, **kwargs):
+        names.append(kernel.__name__)
+        _launch.launch(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(module, "launch", spy)
+    return names
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---- association ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("vocab", [65, 1000])
+def test_few_rows_give_the_bits_of_many(monkeypatch, dtype, vocab):
+    """Tiny segments, so that there are many of them, and a row that starts with an empty one."""
+    tiny = _configs.Table((), _configs.Config(16, 1, 64))
+    monkeypatch.setattr(_configs, "LOGPROB_FORWARD", tiny)
+    monkeypatch.setattr(_configs, "LOGPROB_FORWARD_FP64", tiny)
+    logits, tokens = example(5, vocab, dtype=dtype)
+    logits[1, :64] = -torch.inf
+    logits[2] = -3.0
+    tokens[1] = vocab - 1
+    names = launched(monkeypatch)
+    few = results(logits, tokens)
+    assert names == ["segments_kernel", "merge_kernel", "backward_kernel"]
+    monkeypatch.setattr(logprob, "processors", lambda device: 1)
+    del names[:]
+    many = results(logits, tokens)
+    assert names == ["forward_kernel", "backward_kernel"]
+    assert equal(few, many)
+    assert few[1][2].item() == pytest.approx(torch.tensor(float(vocab)).log().item(), rel=1e-6)
+
+
+def test_several_segments_of_the_real_size(monkeypatch):
+    logits, tokens = example(2, 70001)
+    names = launched(monkeypatch)
+    few = results(logits, tokens, softcap=20.0)
+    assert "merge_kernel" in names
+    monkeypatch.setattr(logprob, "processors", lambda device: 1)
+    assert equal(results(logits, tokens, softcap=20.0), few)
+    exact = pk.logprobs_from_logits(
+        logits.double().cpu(), tokens.cpu(), softcap=20.0, entropy=True, backend="torch"
+    )
+    torch.testing.assert_close(few[0].double().cpu(), exact.logprobs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(few[1].double().cpu(), exact.entropy, rtol=1e-6, atol=0)
+
+
+def test_classes_are_whole_blocks():
+    for name, table in vars(_configs).items():
+        if isinstance(table, _configs.Table):
+            for config in [*(c for _, c in table.entries), table.largest]:
+                assert config.block & (config.block - 1) == 0, name
+                assert config.segment % config.block == 0, name
+            bounds = [bound for bound, _ in table.entries]
+            assert bounds == sorted(bounds), name
+            assert all(config.block >= bound for bound, config in table.entries), name
+
+
+# ---- faults --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_faults():
+    _faults._flags.clear()
+    yield
+    _faults._flags.clear()
+
+
+def test_a_label_out_of_range_gives_nan_and_is_raised_by_check(no_faults):
+    logits, tokens = example(2, 5, 40)
+    expected = results(logits, tokens)
+    tokens[0, 3], tokens[1, 1] = 40, -1
+    bad = torch.zeros_like(tokens, dtype=torch.bool)
+    bad[0, 3] = bad[1, 1] = True
+    for got, wanted in zip(results(logits, tokens), expected, strict=True):
+        assert got[bad].isnan().all()
+        assert torch.equal(got[~bad], wanted[~bad])
+    message = r"tokens: expected ids in \[0, V\) or ignore_index .* at flat position 3 in a call on"
+    with pytest.raises(ValueError, match=message):
+        pk.check()
+    pk.check()  # forgotten
+
+
+def test_the_split_reports_faults_too(no_faults, monkeypatch):
+    tiny = _configs.Table((), _configs.Config(16, 1, 64))
+    monkeypatch.setattr(_configs, "LOGPROB_FORWARD", tiny)
+    logits, tokens = example(6, 100)
+    tokens[4] = 10**12
+    names = launched(monkeypatch)
+    assert results(logits, tokens)[0].isnan().tolist() == [False] * 4 + [True, False]
+    assert "merge_kernel" in names
+    with pytest.raises(ValueError, match="flat position 4"):
+        pk.check(DEVICE)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, torch.inf, torch.nan])
+def test_a_bad_temperature_is_a_fault(no_faults, value):
+    logits, tokens = example(4, 40)
+    temperature = torch.tensor([1.0, 0.5, value, 2.0], device=DEVICE)
+    got = results(logits, tokens, temperature=temperature)
+    assert got[0].isnan().tolist() == [False, False, True, False]
+    with pytest.raises(ValueError, match=r"temperature: expected finite values .* 2 in"):
+        pk.check()
+
+
+def test_masked_and_ignored_labels_are_no_faults(no_faults):
+    logits, tokens = example(3, 40)
+    tokens[0], tokens[1] = 99, -100
+    mask = torch.tensor([False, True, True], device=DEVICE)
+    got = results(logits, tokens, mask=mask)
+    assert (got[0] == 0).tolist() == [True, True, False]
+    pk.check()
+
+
+def test_rows_nobody_asks_about_have_a_zero_gradient_even_if_faulty(no_faults):
+    logits, tokens = example(2, 40)
+    tokens[0] = 40
+    leaf = logits.requires_grad_()
+    out = pk.logprobs_from_logits(leaf, tokens, backend="triton")
+    out.backward(torch.tensor([0.0, 1.0], device=DEVICE))
+    assert not leaf.grad[0].any()
+    assert leaf.grad[1].any()
+
+
+def test_debug_mode_raises_at_once(no_faults, monkeypatch):
+    logits, tokens = example(3, 40)
+    tokens[1] = -5
+    monkeypatch.setattr(_faults, "debug", True)
+    with pytest.raises(ValueError, match="flat position 1"):
+        pk.logprobs_from_logits(logits, tokens, backend="triton")
+
+
+def test_capture_refuses_what_must_wait(no_faults, monkeypatch):
+    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
+    monkeypatch.setattr(_faults, "_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="allocates its fault flag"):
+        _faults.flag(device)
+    monkeypatch.undo()
+    _faults.flag(device)
+    monkeypatch.setattr(_faults, "_capturing", lambda device: True)
+    _faults.flag(device)
+    with pytest.raises(RuntimeError, match="check: cannot wait"):
+        pk.check()
+
+
+def test_tracing_a_graph_allocates_the_flag(no_faults):
+    """Its first run may be in memory that belongs to a CUDA graph."""
+    logits, tokens = example(3, 40)
+    seen = []
+
+    def compiler(graph, inputs):
+        seen.extend(_faults._flags.values())
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda x, t: pk.logprobs_from_logits(x, t, backend="triton"),
+        fullgraph=True,
+        backend=compiler,
+    )
+    compiled(logits, tokens)
+    (flag,) = seen
+    assert type(flag) is torch.Tensor
+    assert flag.item() == _faults.NONE
+    assert list(_faults._flags) == [logits.device]
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+def test_shifted_logits_are_not_copied(monkeypatch):
+    logits, tokens = example(2, 6, 50)
+    seen = []
+    monkeypatch.setattr(logprob, "launch", lambda kernel, n, *args, **kw: seen.append(args))
+    pk.logprobs_from_logits(logits[:, :-1], tokens[:, 1:], backend="triton")
+    (args,) = seen
+    assert args[0].data_ptr() == logits.data_ptr()
+    assert args[1:4] == (300, 50, 1)
+    assert args[4].data_ptr() == tokens[:, 1:].data_ptr()
+
+
+def test_no_number_of_a_call_is_a_compile_time_constant(monkeypatch):
+    """One more JIT per temperature, length or batch would never be noticed by a value test."""
+    constants = []
+    monkeypatch.setattr(
+        logprob, "launch", lambda kernel, n, *args, config, **kw: constants.append((config, kw))
+    )
+    for rows, length, temperature in ((1, 7, 0.5), (3, 9, 0.7), (64, 100, 1.3)):
+        logits, tokens = example(rows, length, 50)
+        pk.logprobs_from_logits(logits, tokens, temperature=temperature, backend="triton")
+    assert constants[0] == constants[1] == constants[2]
