@@ -35,7 +35,7 @@ verify-all: .venv/installed
 gpu-check:
 	$(PYTHON) python_tests/gpu_check.py
 
-OP_TESTS := $(shell ls python_tests/test_*.py | grep -vE 'package|trainer|bench|triton')
+OP_TESTS := $(shell ls python_tests/test_*.py | grep -vE 'package|trainer|bench|triton|vectorised')
 
 # A second environment on top of .venv, whose ppo_kernels is the sanitized build. Leaks are Python's own affair.
 test-sanitize: .venv/installed
@@ -44,7 +44,7 @@ test-sanitize: .venv/installed
 		> "$$(build/sanitize/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
 	$(PIP) --python build/sanitize/bin/python install -q --no-deps --no-build-isolation --force-reinstall . \
 		-C cmake.define.PPO_KERNELS_SANITIZE=ON -C cmake.build-type=RelWithDebInfo -C build-dir=build/sanitize/cmake
-	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
+	cd build/sanitize && PPO_KERNELS_SANITIZED=1 ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		bin/python -m pytest -p no:cacheprovider $(addprefix ../../,$(OP_TESTS))
 

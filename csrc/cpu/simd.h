@@ -399,8 +399,9 @@ PPOK_INLINE Power vexp2_nonpositive(vfloat y, const PowerSeries& series) {
   const vfloat r = y - (shifted - magic);
   vfloat p = series.term[PowerSeries::kTerms - 1];
   for (int k = PowerSeries::kTerms - 2; k >= 0; --k) p = multiply_add(p, r, series.term[k]);
-  const vint n = float_to_bits(shifted);
-  return {bits_to_float(look_up(n) + (n << kShift)), p};
+  const vuint n = reinterpret_cast<vuint>(shifted);  // wraps around, and so does what is added
+  const vuint scale = reinterpret_cast<vuint>(look_up(reinterpret_cast<vint>(n))) + (n << kShift);
+  return {reinterpret_cast<vfloat>(scale), p};
 }
 
 // tanh(x): relative error below 2 ulp, NaN stays NaN.
