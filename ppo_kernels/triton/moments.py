@@ -78,9 +78,7 @@ def _tree_sum_rows(x):
     return tl.sum(x, axis=0)  # exactly one order: one term
 
 
-@triton.jit(
-    do_not_specialize=("mask_o", "mask_b", "x_o", "cols", "reduced", "tiles", "chunks", "length")
-)
+@triton.jit(do_not_specialize=("cols", "tiles", "chunks"))
 def sums_kernel(
     x, x_o, x_b, x_t, x_i, mask, mask_o, mask_b, mask_t, mask_i, counts, out, out_counts,
     cols, per_col: tl.float64, reduced, inner, tiles, chunks, length,
@@ -90,7 +88,8 @@ def sums_kernel(
     """Sums and counts of [outer, reduced, inner] over chunks of `reduced`: one program for each
     chunk and each BLOCK neighbours in `inner`.
 
-    With `counts` x are sums of chunks of a former launch, and counts theirs.
+    A chunk is `length` long, whole ROWS or all there is. With `counts` x are sums of chunks of a
+    former launch, and counts theirs.
     """
     program = tl.program_id(0)
     chunk = (program % chunks).to(tl.int64)
@@ -107,7 +106,7 @@ def sums_kernel(
     count = tl.zeros([ROWS, BLOCK], tl.float64)
     for start in range(begin, tl.minimum(begin + length, reduced), ROWS):
         k = start + tl.arange(0, ROWS).to(tl.int64)
-        inside = (k < tl.minimum(begin + length, reduced))[:, None] & (j < inner)[None, :]
+        inside = (k < reduced)[:, None] & (j < inner)[None, :]
         at = _offsets(k, cols, per_col, x_b, x_t, LINE)[:, None] + (j * x_i)[None, :]
         live = inside
         if mask is not None:
@@ -167,7 +166,7 @@ def _write_moments(at, count, mean, m2):
     tl.store(at + 2, m2)
 
 
-@triton.jit(do_not_specialize=("tokens", "cols"))
+@triton.jit(do_not_specialize=("cols",))
 def moments_kernel(
     x, x_b, x_t, mask, mask_b, mask_t, states, tokens, cols, per_col: tl.float64,
     BLOCK: tl.constexpr, LINE: tl.constexpr, DTYPE: tl.constexpr,
@@ -229,7 +228,7 @@ def _center(x, mean):
     return (x - high) - low
 
 
-@triton.jit(do_not_specialize=("tokens", "cols"))
+@triton.jit(do_not_specialize=("cols",))
 def whiten_kernel(
     x, x_b, x_t, mask, mask_b, mask_t, moments, out, tokens, cols, per_col: tl.float64,
     eps: tl.float64, BLOCK: tl.constexpr, LINE: tl.constexpr, SHIFT_MEAN: tl.constexpr,
@@ -243,7 +242,7 @@ def whiten_kernel(
     tl.store(out + i, tl.where(live, y, 0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=("tokens", "cols"))
+@triton.jit(do_not_specialize=("cols",))
 def upstream_kernel(
     grad, grad_b, grad_t, x, x_b, x_t, mask, mask_b, mask_t, moments, sums,
     tokens, cols, per_col: tl.float64,
@@ -259,7 +258,7 @@ def upstream_kernel(
     tl.store(sums + 1, tree_sum(tl.where(live, g * (value - tl.load(moments + 1)), 0.0)))
 
 
-@triton.jit(do_not_specialize=("tokens", "cols"))
+@triton.jit(do_not_specialize=("cols",))
 def gradient_kernel(
     grad, grad_b, grad_t, x, x_b, x_t, mask, mask_b, mask_t, moments, sums, grad_x,
     tokens, cols, per_col: tl.float64, eps: tl.float64,
