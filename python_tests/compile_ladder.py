@@ -155,7 +155,37 @@ def _moments() -> Iterator[Launch]:
     yield launch("masked_mean", torch.float32, 8192, dim=0)
 
 
-LAUNCHES: list[Launch] = [*_logprob(), *_moments()]
+def _categorical_kl() -> Iterator[Launch]:
+    def launch(
+        dtype: torch.dtype, vocab: int, reverse: bool = False, layout: str = "", mask: bool = False
+    ) -> Launch:
+        def call() -> None:
+            rows = meta(8, 129, vocab, dtype=dtype)[:, :-1]
+            if layout != "shifted":
+                rows = meta(8, 128, vocab, dtype=dtype)
+            live = meta(8, 128, dtype=torch.bool) if mask else None
+            leaf = rows.detach().requires_grad_()
+            backward(
+                pk.categorical_kl(
+                    leaf, torch.empty_like(rows), reverse=reverse, mask=live, backend="triton"
+                )
+            )
+
+        words = [str(dtype).removeprefix("torch."), f"V={vocab}", layout]
+        words += ["reverse" * reverse, "masked" * mask]
+        quick = (dtype, vocab, reverse) == (torch.bfloat16, 151936, True)
+        # Two rows of 8 halves for each of 256 lanes would take too many registers elsewhere.
+        wide = vocab == 151936 and not layout and dtype != torch.bfloat16
+        return Launch("categorical_kl", " ".join(filter(None, words)), call, quick, wide)
+
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for vocab in (200, 50257, 151936):
+            for reverse in (False, True):
+                yield launch(dtype, vocab, reverse)
+    yield launch(torch.bfloat16, 32000, False, "shifted", True)
+
+
+LAUNCHES: list[Launch] = [*_logprob(), *_moments(), *_categorical_kl()]
 
 
 # ---- compiling -----------------------------------------------------------------------------------

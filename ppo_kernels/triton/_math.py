@@ -108,7 +108,7 @@ def sech2(x):
 
 @triton.jit
 def divide(x, y):
-    """x / y in fp64 for y > 0 in the range of fp32, within an ulp: see `reciprocal`."""
+    """The fp64 quotient x / y for y > 0 in the range of fp32, within an ulp: see `reciprocal`."""
     r = reciprocal(y)
     q = x * r
     return tl.where(tl.abs(q) < INF, tl.fma(tl.fma(-q, y, x), r, q), q)

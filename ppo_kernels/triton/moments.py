@@ -85,11 +85,10 @@ def sums_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr, MEAN: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Sums and counts of [outer, reduced, inner] over chunks of `reduced`: one program for each
-    chunk and each BLOCK neighbours in `inner`.
+    """Sums and counts of [outer, reduced, inner] over chunks of `reduced`.
 
-    A chunk is `length` long, whole ROWS or all there is. With `counts` x are sums of chunks of a
-    former launch, and counts theirs.
+    One program for each chunk and each BLOCK neighbours in `inner`. A chunk is `length` long, whole
+    ROWS or all there is. With `counts` x are sums of chunks of a former launch, and counts theirs.
     """
     program = tl.program_id(0)
     chunk = (program % chunks).to(tl.int64)
@@ -132,8 +131,7 @@ def sums_kernel(
 
 @triton.jit
 def _merge_block(count, mean, m2):
-    """The moments of a block of moments; a live token is (1, x, 0), and what has count 0 is left
-    out.
+    """The moments of a block of moments; a live token is (1, x, 0), a dead one has count 0.
 
     Chan, Golub & LeVeque (1979) for many at once. The first sum is of distances to one of the
     means: means far from zero cost no accuracy, and equal ones give exactly that mean.
@@ -205,7 +203,7 @@ def merge_kernel(states, moments, blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _over_freedom(x, count, UNBIASED: tl.constexpr):
-    """x / (count - 1), or x / count; 0 without any degree of freedom."""
+    """The quotient x / (count - 1), or x / count; 0 without any degree of freedom."""
     n = count - 1.0 if UNBIASED else count
     return tl.where(n > 0.0, divide(x, tl.maximum(n, 1.0)), 0.0)
 
@@ -222,7 +220,7 @@ def _whitening(moments, eps, SHIFT_MEAN: tl.constexpr, UNBIASED: tl.constexpr):
 
 @triton.jit
 def _center(x, mean):
-    """x - mean with the mean in two parts: where x is near it, the first difference is exact."""
+    """The distance to the mean, in two parts: where x is near it, the first difference is exact."""
     high = mean.to(x.dtype)
     low = (mean - high.to(tl.float64)).to(x.dtype)
     return (x - high) - low
