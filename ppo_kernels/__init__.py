@@ -10,6 +10,7 @@ except ImportError as _error:
 from ._faults import check
 from ._op import op_counts, reset_op_counts, use_backend
 from .metrics import PolicyMetrics, ValueMetrics, reduce_metrics
+from .ops.categorical_kl import categorical_kl
 from .ops.clipped_loss import ClippedLoss, clipped_loss
 from .ops.gae import GAE, gae
 from .ops.kl import kl_penalty
@@ -28,6 +29,7 @@ __all__ = [
     "ShapedRewards",
     "ValueLoss",
     "ValueMetrics",
+    "categorical_kl",
     "check",
     "clipped_loss",
     "discounted_returns",

@@ -126,7 +126,66 @@ def _logprob() -> Iterator[Launch]:
         yield launch(torch.bfloat16, 32000, 8192, layout)
 
 
-LAUNCHES: list[Launch] = [*_logprob()]
+def _moments() -> Iterator[Launch]:
+    def launch(
+        function: str, dtype: torch.dtype, rows: int, layout: str = "", **more: Any
+    ) -> Launch:
+        def call() -> None:
+            x = meta(rows, 1024 + (layout == "shifted"), dtype=dtype, grad=True)
+            mask = meta(rows, 1024, dtype=more.get("mask", torch.bool))
+            if layout == "shifted":
+                x = x[:, :-1]
+            options = {key: value for key, value in more.items() if key != "mask"}
+            backward(getattr(pk, function)(x, mask, **options, backend="triton"))
+
+        words = [function, str(dtype).removeprefix("torch."), f"rows={rows}", layout]
+        words += [f"{key}={value}".replace("torch.", "") for key, value in more.items()]
+        quick = (dtype, function, layout) == (torch.float32, "whiten", "") and not more
+        return Launch("moments", " ".join(filter(None, words)), call, quick and rows > 1)
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        yield launch("whiten", dtype, 64)
+        for dim in (0, 1, None):
+            yield launch("masked_mean", dtype, 64, dim=dim)
+    for function in ("whiten", "masked_sum"):
+        yield launch(function, torch.float32, 64, "shifted")
+        yield launch(function, torch.float32, 64, mask=torch.bfloat16)
+    yield launch("whiten", torch.float32, 1)
+    yield launch("whiten", torch.float32, 64, shift_mean=False, unbiased=False)
+    yield launch("masked_mean", torch.float32, 8192, dim=0)
+
+
+def _categorical_kl() -> Iterator[Launch]:
+    def launch(
+        dtype: torch.dtype, vocab: int, reverse: bool = False, layout: str = "", mask: bool = False
+    ) -> Launch:
+        def call() -> None:
+            rows = meta(8, 129, vocab, dtype=dtype)[:, :-1]
+            if layout != "shifted":
+                rows = meta(8, 128, vocab, dtype=dtype)
+            live = meta(8, 128, dtype=torch.bool) if mask else None
+            leaf = rows.detach().requires_grad_()
+            backward(
+                pk.categorical_kl(
+                    leaf, torch.empty_like(rows), reverse=reverse, mask=live, backend="triton"
+                )
+            )
+
+        words = [str(dtype).removeprefix("torch."), f"V={vocab}", layout]
+        words += ["reverse" * reverse, "masked" * mask]
+        quick = (dtype, vocab, reverse) == (torch.bfloat16, 151936, True)
+        # Two rows of 8 halves for each of 256 lanes would take too many registers elsewhere.
+        wide = vocab == 151936 and not layout and dtype != torch.bfloat16
+        return Launch("categorical_kl", " ".join(filter(None, words)), call, quick, wide)
+
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for vocab in (200, 50257, 151936):
+            for reverse in (False, True):
+                yield launch(dtype, vocab, reverse)
+    yield launch(torch.bfloat16, 32000, False, "shifted", True)
+
+
+LAUNCHES: list[Launch] = [*_logprob(), *_moments(), *_categorical_kl()]
 
 
 # ---- compiling -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
 from ..cpu import moments as cpu
+from ..triton import kernel as triton
 
 
 def masked_sum(
@@ -280,6 +281,7 @@ _SUM: Op = Op(
     fake=_fake_reduce,
     autograd=lambda *args: _autograd_reduce(_SUM, *args),
     cpu=lambda *args: cpu.masked_reduce(*args, mean=False),
+    triton=triton("moments", "masked_sum"),
 )
 _MEAN: Op = Op(
     "masked_mean",
@@ -288,6 +290,7 @@ _MEAN: Op = Op(
     fake=_fake_reduce,
     autograd=lambda *args: _autograd_reduce(_MEAN, *args),
     cpu=lambda *args: cpu.masked_reduce(*args, mean=True),
+    triton=triton("moments", "masked_mean"),
 )
 _MOMENTS = Op(
     "moments",
@@ -295,6 +298,7 @@ _MOMENTS = Op(
     function="whiten",
     fake=_fake_moments,
     cpu=cpu.moments,
+    triton=triton("moments", "moments"),
 )
 _WHITEN = Op(
     "whiten_forward",
@@ -303,6 +307,7 @@ _WHITEN = Op(
     fake=lambda x, *args: (_fake_apply(x), _fake_moments(x)),
     autograd=_autograd_whiten,
     cpu=cpu.whiten_forward,
+    triton=triton("moments", "whiten_forward"),
 )
 _APPLY = Op(
     "whiten_apply",
@@ -310,6 +315,7 @@ _APPLY = Op(
     function="whiten",
     fake=_fake_apply,
     cpu=cpu.whiten_apply,
+    triton=triton("moments", "whiten_apply"),
 )
 _WHITEN_BACKWARD = Op(
     "whiten_backward",
@@ -318,4 +324,5 @@ _WHITEN_BACKWARD = Op(
     function="whiten",
     fake=lambda grad, x, *args: x.new_empty(x.shape),
     cpu=cpu.whiten_backward,
+    triton=triton("moments", "whiten_backward"),
 )

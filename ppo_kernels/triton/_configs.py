@@ -44,3 +44,17 @@ LOGPROB_BACKWARD_FP64 = Table(((256, Config(256, 1)),), Config(1024, 8))
 
 # Kernels without a block: a program is a few scalars.
 ONE_WARP = Config(1, 1)
+
+# By neighbouring outputs: a program adds `block` of them over `segment` elements of each.
+REDUCE = Table(((1, Config(1, 4, 4096)), (16, Config(16, 4, 1024))), Config(64, 4, 512))
+# Tokens that have one state of the moments, and are whitened by one program.
+MOMENTS = Config(1024, 4)
+WHITEN = Config(1024, 4)
+# States merged at a time.
+MERGE_MOMENTS = Config(1024, 4)
+
+# By columns: two rows of logits at a time, so half the columns of a log-probability's.
+KL_FORWARD = Table(((256, Config(256, 1)),), Config(1024, 4))
+KL_FORWARD_FP64 = Table(((256, Config(256, 2)),), Config(512, 4))
+KL_BACKWARD = Table(((256, Config(256, 1)),), Config(1024, 4))
+KL_BACKWARD_FP64 = Table(((256, Config(256, 1)),), Config(512, 4))

@@ -104,3 +104,19 @@ def sech2(x):
     """1 - tanh(x)^2 without its cancellation."""
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def divide(x, y):
+    """The fp64 quotient x / y for y > 0 in the range of fp32, within an ulp: see `reciprocal`."""
+    r = reciprocal(y)
+    q = x * r
+    return tl.where(tl.abs(q) < INF, tl.fma(tl.fma(-q, y, x), r, q), q)
+
+
+@triton.jit
+def nonzero(mask):
+    """Whether each element of a mask of any dtype is live; NaN is."""
+    if mask.dtype == tl.bfloat16:
+        mask = mask.to(tl.float32)
+    return mask != 0
