@@ -44,3 +44,9 @@ LOGPROB_BACKWARD_FP64 = Table(((256, Config(256, 1)),), Config(1024, 8))
 
 # Kernels without a block: a program is a few scalars.
 ONE_WARP = Config(1, 1)
+
+# Kernels that walk over all tokens: the size of one program, whatever the number of tokens.
+TOKENS = Config(1024, 4)
+TOKENS_FP64 = Config(512, 4)
+# Sums of one number per block or per sequence.
+COUNTS = Config(1024, 4)
