@@ -82,7 +82,7 @@ def count_sequences_kernel(
     tl.store(sequence_counts + k, tl.where(wrong, -1, count))
 
 
-@triton.jit(do_not_specialize=("tokens", "blocks", "sequences", "offsets", "divide_by"))
+@triton.jit(do_not_specialize=("blocks", "tokens", "entries", "sequences", "divide_by"))
 def scale_kernel(
     block_counts, blocks, tokens, sequence_counts, entries, sequences,
     denominator, divisor: tl.float64, divide_by, norm_length: tl.float64, scale, stats,
