@@ -17,6 +17,8 @@ INDICES = (torch.int32, torch.int64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, *INDICES, *FLOATS)
 # Fault kinds of csrc/kernels.h.
 BAD_TOKEN, BAD_TEMPERATURE, BAD_OFFSETS = 1, 2, 3
+# Fault kinds of a GPU alone.
+BAD_COEFFICIENT = 5
 # A GPU keeps a fault as one integer, position << FAULT_KIND_BITS | kind.
 FAULT_KIND_BITS = 8
 
@@ -146,6 +148,8 @@ def raise_device_fault(fault: int, device: torch.device) -> NoReturn:
     what = {
         BAD_TOKEN: "tokens: expected ids in [0, V) or ignore_index at live positions",
         BAD_TEMPERATURE: "temperature: expected finite values above 0 at live positions",
+        BAD_OFFSETS: "cu_seqlens: expected offsets from 0 to the number of tokens, not decreasing",
+        BAD_COEFFICIENT: "kl_coef: expected a finite number in [0, inf)",
     }[fault & ((1 << FAULT_KIND_BITS) - 1)]
     raise ValueError(
         f"{what}, got another at flat position {fault >> FAULT_KIND_BITS} "

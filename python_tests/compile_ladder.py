@@ -185,7 +185,104 @@ def _categorical_kl() -> Iterator[Launch]:
     yield launch(torch.bfloat16, 32000, False, "shifted", True)
 
 
-LAUNCHES: list[Launch] = [*_logprob(), *_moments(), *_categorical_kl()]
+def _tokens_of(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str
+) -> Callable[[], torch.Tensor]:
+    """Makes token tensors of one layout."""
+    if layout == "shifted":
+        return lambda: meta(shape[0], shape[1] + 1, dtype=dtype)[:, :-1]
+    return lambda: meta(*shape, dtype=dtype)
+
+
+def _losses() -> Iterator[Launch]:
+    def launch(
+        name: str,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        label: str = "",
+        *,
+        quick: bool = False,
+        per_sequence: bool = False,
+        **more: Any,
+    ) -> Launch:
+        def call() -> None:
+            make = _tokens_of(shape, dtype, label)
+            inputs = [make().requires_grad_(), make(), make()]
+            options = dict(more)
+            if len(shape) == 1:
+                options["cu_seqlens"] = meta(65, dtype=torch.int32)
+            if per_sequence:
+                inputs[2] = meta(64 if len(shape) == 1 else shape[0], dtype=dtype)
+            if options.pop("masked", False):
+                options["mask"] = meta(*shape, dtype=torch.bool)
+            if options.pop("denominator_on_device", False):
+                options["denominator"] = meta(dtype=torch.int64)
+            if options.pop("no_gradient", False):
+                inputs[0] = inputs[0].detach()
+            loss = getattr(pk, name)(*inputs, backend="triton", **options).loss
+            if loss.requires_grad:
+                backward(loss)
+
+        words = [name, str(dtype).removeprefix("torch."), f"{list(shape)}", label]
+        return Launch("losses", " ".join(filter(None, words)), call, quick)
+
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    for name in ("clipped_loss", "value_loss"):
+        by_sequence = {"aggregation": "seq-mean-token-mean", "masked": True}
+        for dtype in (half, torch.float16, single, double):
+            quick = dtype == half and name == "clipped_loss"
+            yield launch(name, dtype, (8, 1024), masked=True, quick=quick)
+            yield launch(name, dtype, (65536,), **by_sequence)
+        yield launch(name, single, (8, 1001), "odd", masked=True)
+        yield launch(name, single, (1, 1), "one token")
+        yield launch(name, single, (8, 1024), "shifted", **by_sequence)
+        yield launch(
+            name, single, (8, 1024), "no gradient", no_gradient=True, denominator_on_device=True
+        )
+    for shape in ((8, 1024), (65536,)):
+        yield launch("clipped_loss", half, shape, "advantage per sequence", per_sequence=True)
+
+
+LAUNCHES: list[Launch] = [*_logprob(), *_moments(), *_categorical_kl(), *_losses(), *_kl()]
+
+
+def _kl() -> Iterator[Launch]:
+    def launch(
+        estimator: str,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        label: str = "",
+        quick: bool = False,
+        masked: bool = True,
+    ) -> Launch:
+        def call() -> None:
+            make = _tokens_of(shape, dtype, label)
+            logprobs, ref = make().requires_grad_(), make()
+            mask = meta(*shape, dtype=torch.bool) if masked else None
+            backward(pk.kl_penalty(logprobs, ref, mask, estimator=estimator, backend="triton"))
+            packed = len(shape) == 1
+            pk.shape_rewards(
+                meta(64 if packed else shape[0], dtype=dtype),
+                logprobs,
+                ref,
+                mask,
+                kl_coef=meta() if packed else 0.1,
+                estimator=estimator,
+                cu_seqlens=meta(65, dtype=torch.int32) if packed else None,
+                backend="triton",
+            )
+
+        words = [estimator, str(dtype).removeprefix("torch."), f"{list(shape)}", label]
+        return Launch("kl", " ".join(filter(None, words)), call, quick)
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for estimator in ("k1", "k2", "k3", "abs"):
+            quick = (estimator, dtype) == ("k3", torch.bfloat16)
+            yield launch(estimator, dtype, (8, 1024), quick=quick)
+        yield launch("k3", dtype, (65536,))
+    yield launch("k3", torch.float32, (8, 1024), "shifted")
+    yield launch("k3", torch.float32, (1, 1), "one token")
+    yield launch("k3", torch.float32, (8, 1001), "odd", masked=False)
 
 
 # ---- compiling -----------------------------------------------------------------------------------

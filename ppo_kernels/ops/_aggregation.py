@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _checks
 from .._op import OPS, Op, forbid_double_backward
 from ..cpu import losses as cpu
+from ..triton import kernel as triton
 
 # In the order of enum Aggregation in csrc/kernels.h.
 AGGREGATIONS = (
@@ -202,4 +203,5 @@ _SCALE = Op(
     function="clipped_loss",
     fake=lambda gradient, upstream, dtype: gradient.new_empty(gradient.shape, dtype=dtype),
     cpu=cpu.scale_gradient,
+    triton=triton("losses", "scale_gradient"),
 )

@@ -12,6 +12,7 @@ from .. import _checks
 from .._op import Op, count
 from ..cpu import losses as cpu
 from ..metrics import POLICY_STATS, PolicyMetrics
+from ..triton import kernel as triton
 from . import _aggregation
 from ._aggregation import Batch, Frame
 
@@ -274,4 +275,5 @@ _LOSS = Op(
     fake=_fake,
     autograd=lambda *args: _aggregation.autograd("clipped_loss", *args),
     cpu=cpu.clipped_loss,
+    triton=triton("losses", "clipped_loss"),
 )

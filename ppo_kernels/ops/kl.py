@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
 from ..cpu import kl as cpu
+from ..triton import kernel as triton
 
 ESTIMATORS = cpu.ESTIMATORS
 
@@ -186,6 +187,7 @@ _FORWARD = Op(
     fake=_fake_forward,
     autograd=_autograd,
     cpu=cpu.kl_forward,
+    triton=triton("kl", "kl_forward"),
 )
 BACKWARD = Op(
     "kl_backward",
@@ -194,4 +196,5 @@ BACKWARD = Op(
     function="kl_penalty",
     fake=lambda grad, logprobs, *args: logprobs.new_empty(logprobs.shape),
     cpu=cpu.kl_backward,
+    triton=triton("kl", "kl_backward"),
 )

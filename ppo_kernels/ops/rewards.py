@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
 from ..cpu import kl as cpu
+from ..triton import kernel as triton
 from . import kl
 
 
@@ -211,4 +212,5 @@ _FORWARD = Op(
     fake=_fake,
     autograd=_autograd,
     cpu=cpu.shape_rewards,
+    triton=triton("kl", "shape_rewards"),
 )

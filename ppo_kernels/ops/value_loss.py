@@ -11,6 +11,7 @@ from .. import _checks
 from .._op import Op, count
 from ..cpu import losses as cpu
 from ..metrics import VALUE_STATS, ValueMetrics
+from ..triton import kernel as triton
 from . import _aggregation
 from ._aggregation import Batch, Frame
 
@@ -164,4 +165,5 @@ _LOSS = Op(
     fake=_fake,
     autograd=lambda *args: _aggregation.autograd("value_loss", *args),
     cpu=cpu.value_loss,
+    triton=triton("losses", "value_loss"),
 )

@@ -58,3 +58,10 @@ KL_FORWARD = Table(((256, Config(256, 1)),), Config(1024, 4))
 KL_FORWARD_FP64 = Table(((256, Config(256, 2)),), Config(512, 4))
 KL_BACKWARD = Table(((256, Config(256, 1)),), Config(1024, 4))
 KL_BACKWARD_FP64 = Table(((256, Config(256, 1)),), Config(512, 4))
+
+
+# Kernels that walk over all tokens: the size of one program, whatever the number of tokens.
+TOKENS = Config(1024, 4)
+TOKENS_FP64 = Config(512, 4)
+# Sums of one number per block or per sequence.
+COUNTS = Config(1024, 4)

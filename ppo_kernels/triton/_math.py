@@ -18,6 +18,8 @@ _TANH_3 = tl.constexpr(0.01645877998099963)
 FAULT_KIND_BITS = tl.constexpr(_checks.FAULT_KIND_BITS)
 BAD_TOKEN = tl.constexpr(_checks.BAD_TOKEN)
 BAD_TEMPERATURE = tl.constexpr(_checks.BAD_TEMPERATURE)
+BAD_OFFSETS = tl.constexpr(_checks.BAD_OFFSETS)
+BAD_COEFFICIENT = tl.constexpr(_checks.BAD_COEFFICIENT)
 
 
 @triton.jit
@@ -120,3 +122,41 @@ def nonzero(mask):
     if mask.dtype == tl.bfloat16:
         mask = mask.to(tl.float32)
     return mask != 0
+
+
+def exponential(t):
+    """e^t, and e^t - 1 and e^t - 1 - t to relative accuracy near 0: see csrc/math/kl.h."""
+    large = ~((t < 1.0) & (t > -1.0))
+    square = t * t
+    if t.dtype == tl.float64:
+        e = tl.exp(t)
+        series = 1.0 + t * (1.0 / 18)
+        for n in tl.static_range(17, 2, -1):
+            series = 1.0 + t * (1.0 / n) * series
+        rest = 0.5 * square * series
+        near_one = e
+    else:
+        e = exp2_of_double(t.to(tl.float64) * LOG2E, tl.float32)
+        low = (t * 0.1666666716 + 0.5) + square * (t * 0.0083333104849 + 0.0416667349637)
+        high = (t * 1.98440233362e-4 + 1.38854514807e-3) + square * (
+            t * 2.77228377854e-6 + 2.5354831450386e-5
+        )
+        rest = square * (low + square * square * high)
+        near_one = (t + rest) + 1.0
+    above = e - 1.0
+    return (
+        tl.where(large, e, near_one),
+        tl.where(large, above, t + rest),
+        tl.where(large, above - t, rest),
+    )
+
+
+@triton.jit
+def clamp(x, limit):
+    """To [-limit, limit]; a NaN stays."""
+    return tl.where(x < -limit, -limit, tl.where(x > limit, limit, x))
+
+
+@triton.jit
+def isnan(x):
+    return x != x  # noqa: PLR0124

@@ -1,0 +1,475 @@
+"""clipped_loss, value_loss and scale_gradient in Triton.
+
+The formulas are those of ``csrc/math/losses.h``. Live tokens are counted first, in blocks and from
+those in sequences; the weight of a token follows on the device. One pass over the tokens then makes
+the final gradient and, per block, the sum of every term of the loss and the metrics, in fp64; the
+last kernel adds the blocks in a fixed order. Bits follow from the order of the tokens alone.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _checks, _faults
+from ..metrics import POLICY_STATS, VALUE_STATS
+from ..ops._aggregation import AGGREGATIONS
+from . import _configs
+from ._launch import as_bytes, launch, strides
+from ._math import INF, clamp, exponential, isnan, reciprocal, tree_sum
+from ._tokens import (
+    Tokens,
+    load_live,
+    load_mask,
+    load_sequence,
+    store_tokens,
+    token_block,
+)
+
+# What the loss is divided by.
+_GIVEN, _TOKENS, _SEQUENCES = 0, 1, 2
+_LIVE_TOKENS = tl.constexpr(_TOKENS)
+_LIVE_SEQUENCES = tl.constexpr(_SEQUENCES)
+_DIVIDE_BY = {"token-mean": _TOKENS, "token-sum": _GIVEN}
+# Of the stats, the first two are counts.
+_COUNTS = 2
+
+
+# ---- live tokens ---------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=("mask_b", "cols"))
+def count_tokens_kernel(
+    mask, mask_b, mask_t, tokens, cols, block_counts, FLAT: tl.constexpr, BLOCK: tl.constexpr
+):
+    i, inside = token_block(tokens, BLOCK)
+    live = load_mask(mask, mask_b, mask_t, i, inside, cols, FLAT)
+    count = tl.sum(live.to(tl.int32), axis=0)  # exact: whole numbers
+    tl.store(block_counts + tl.program_id(0), count.to(tl.int64))
+
+
+@triton.jit
+def _count_range(mask, mask_b, mask_t, begin, end, cols, FLAT: tl.constexpr, BLOCK: tl.constexpr):
+    """Live tokens in [begin, end), less than a block."""
+    i = begin + tl.arange(0, BLOCK)
+    live = load_mask(mask, mask_b, mask_t, i, i < end, cols, FLAT)
+    return tl.sum(live.to(tl.int32), axis=0)  # exact: whole numbers
+
+
+@triton.jit(do_not_specialize=("mask_b", "tokens", "cols", "length", "sequences"))
+def count_sequences_kernel(
+    mask, mask_b, mask_t, tokens, cols, block_counts, offsets, offsets_t, length, sequences,
+    sequence_counts, faults, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per sequence: its live tokens, -1 if its offsets are wrong."""
+    k = tl.program_id(0)
+    begin, end, wrong = load_sequence(offsets, offsets_t, k, sequences, tokens, length, faults)
+    if mask is None:
+        count = (end - begin).to(tl.int64)
+    else:
+        # Whole blocks are counted already.
+        first, last = (begin + BLOCK - 1) // BLOCK, end // BLOCK
+        head = tl.minimum(first * BLOCK, end)
+        tail = tl.maximum(last * BLOCK, head)
+        count = _count_range(mask, mask_b, mask_t, begin, head, cols, FLAT, BLOCK).to(tl.int64)
+        count += _count_range(mask, mask_b, mask_t, tail, end, cols, FLAT, BLOCK)
+        for start in range(first, last, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            whole = tl.load(block_counts + at, mask=at < last, other=0)
+            count += tl.sum(whole, axis=0)  # exact: whole numbers
+    tl.store(sequence_counts + k, tl.where(wrong, -1, count))
+
+
+@triton.jit(do_not_specialize=("blocks", "tokens", "entries", "sequences", "divide_by"))
+def scale_kernel(
+    block_counts, blocks, tokens, sequence_counts, entries, sequences,
+    denominator, divisor: tl.float64, divide_by, norm_length: tl.float64, scale, stats,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: the counts of the metrics, and 1 / what the loss is divided by, or 0."""
+    live = tl.full([], 0, tl.int64)
+    wrong = tl.full([], 0, tl.int32)
+    if block_counts is None:
+        live += tokens
+    else:
+        for start in range(0, blocks, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            count = tl.load(block_counts + at, mask=at < blocks, other=0)
+            live += tl.sum(count, axis=0)  # exact: whole numbers
+    live_sequences = tl.full([], 0, tl.int64)
+    if sequence_counts is None:
+        live_sequences += sequences
+    else:
+        for start in range(0, entries, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            count = tl.load(sequence_counts + at, mask=at < entries, other=0)
+            live_sequences += tl.sum((count > 0).to(tl.int32), axis=0)  # exact: whole numbers
+            wrong += tl.sum((count < 0).to(tl.int32), axis=0)  # exact: whole numbers
+    tl.store(stats, live.to(tl.float64))
+    tl.store(stats + 1, live_sequences.to(tl.float64))
+    if denominator is not None:
+        divisor = tl.load(denominator).to(tl.float64)
+    else:
+        divisor = tl.where(divide_by == _LIVE_TOKENS, live.to(tl.float64), divisor)
+        divisor = tl.where(divide_by == _LIVE_SEQUENCES, live_sequences.to(tl.float64), divisor)
+    divisor = divisor * norm_length
+    inverse = tl.where(divisor == 0.0, 0.0, 1.0 / tl.where(divisor == 0.0, 1.0, divisor))
+    tl.store(scale, tl.where(wrong > 0, float("nan"), inverse))
+
+
+# ---- the pass over the tokens --------------------------------------------------------------------
+
+
+@triton.jit
+def _find_sequence(i, offsets, offsets_t, length, sequences, steps):
+    """The sequence of each token, by bisection of the offsets in `steps` steps."""
+    if offsets is None:
+        low = (i // length).to(tl.int64)
+    else:
+        low = i.to(tl.int64) * 0
+        high = low + (sequences - 1)
+        for _ in range(0, steps):
+            middle = (low + high) // 2
+            end = tl.load(offsets + (middle + 1) * offsets_t)
+            here = (end > i) | (low >= high)
+            high = tl.where(here, middle, high)
+            low = tl.where(here, low, middle + 1)
+    return low
+
+
+@triton.jit
+def _sum(x):
+    return tree_sum(x.to(tl.float64))
+
+
+@triton.jit
+def _count(condition):
+    return tl.sum(condition.to(tl.int32), axis=0).to(tl.float64)  # exact: whole numbers
+
+
+@triton.jit
+def _largest(x):
+    """NaN if any element is."""
+    nan = tl.max(isnan(x).to(tl.int32), axis=0)
+    return tl.where(nan > 0, float("nan"), tl.max(x, axis=0)).to(tl.float64)
+
+
+@triton.jit
+def _write_tokens(
+    i, inside, live, token_loss, slope, offsets, offsets_t, length, sequences, steps,
+    sequence_counts, scale, gradient, weighted,
+    MEAN_PER_SEQUENCE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The gradient, and with MEAN_PER_SEQUENCE this block's part of the loss."""
+    weight = tl.load(scale)
+    if MEAN_PER_SEQUENCE:
+        count = length
+        if sequence_counts is not None:
+            sequence = _find_sequence(i, offsets, offsets_t, length, sequences, steps)
+            count = tl.load(sequence_counts + sequence, mask=live, other=1)
+        weight = weight * reciprocal(count.to(tl.float64))
+        tl.store(weighted, _sum(token_loss * weight.to(DTYPE)))
+    if gradient is not None:
+        store_tokens(gradient, i, tl.where(live, slope * weight.to(DTYPE), 0.0), inside)
+
+
+@triton.jit
+def clipped_ratio(ratio, advantage, low, high, dual):
+    """Loss, d loss / d log ratio, and which bound cut it."""
+    above_high = (advantage > 0.0) & (ratio > high)
+    below_low = (advantage < 0.0) & (ratio < low)
+    above_dual = (advantage < 0.0) & (ratio > dual)
+    bounded = tl.where(above_high, high, tl.where(below_low, low, ratio))
+    bounded = tl.where(above_dual, dual, bounded)
+    loss = 0.0 - advantage * bounded
+    slope = tl.where(above_high | below_low | above_dual, 0.0, loss)
+    return loss, slope, above_high, below_low, above_dual
+
+
+@triton.jit
+def clipped_value(value, old, target, clip, huber_delta):
+    """Loss, d loss / d value, and whether the clipped error is the larger."""
+    moved = value - old
+    own = tl.where(isnan(moved), moved, value)  # NaN must not be lost to a comparison below
+    near_old = tl.where(moved > clip, old + clip, tl.where(moved < -clip, old - clip, own))
+    error = own - target
+    near_error = near_old - target
+    clipped = tl.abs(near_error) > tl.abs(error)
+    error = tl.where(clipped, near_error, error)
+    size = tl.abs(error)
+    linear = huber_delta * (size - huber_delta * 0.5)
+    loss = tl.where(size > huber_delta, linear, error * error * 0.5)
+    return loss, tl.where(clipped, 0.0, clamp(error, huber_delta)), clipped
+
+
+# The rest decides how wide loads are; anything else specialized is one JIT more.
+_UNSPECIALIZED = (
+    "live_b", "constant_b", "target_b", "mask_b", "cols", "offsets_t", "length", "sequences",
+    "steps", "blocks",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def policy_kernel(
+    live, live_b, live_t, constant, constant_b, constant_t, target, target_b, target_t,
+    mask, mask_b, mask_t, tokens, cols, offsets, offsets_t, length, sequences, steps,
+    sequence_counts, scale, gradient, partials, blocks,
+    low: tl.float64, high: tl.float64, dual: tl.float64, limit: tl.float64,
+    MEAN_PER_SEQUENCE: tl.constexpr, TARGET_PER_SEQUENCE: tl.constexpr, FLAT: tl.constexpr,
+    BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    i, inside = token_block(tokens, BLOCK)
+    is_live = load_mask(mask, mask_b, mask_t, i, inside, cols, FLAT)
+    moved = load_live(live, live_b, live_t, i, inside, is_live, cols, FLAT, DTYPE)
+    moved -= load_live(constant, constant_b, constant_t, i, inside, is_live, cols, FLAT, DTYPE)
+    if TARGET_PER_SEQUENCE:
+        sequence = _find_sequence(i, offsets, offsets_t, length, sequences, steps)
+        found = is_live & (sequence < sequences)
+        advantage = tl.load(target + sequence * target_t, mask=found, other=0.0).to(DTYPE)
+    else:
+        advantage = load_live(target, target_b, target_t, i, inside, is_live, cols, FLAT, DTYPE)
+    limit = limit.to(DTYPE)
+    x = clamp(moved, limit)
+    ratio, _, k3 = exponential(x)
+    token_loss, slope, above_high, below_low, above_dual = clipped_ratio(
+        ratio, advantage, low.to(DTYPE), high.to(DTYPE), dual.to(DTYPE)
+    )
+    slope = tl.where((moved > limit) | (moved < -limit), 0.0, slope)
+
+    partials += tl.program_id(0)
+    _write_tokens(
+        i, inside, is_live, token_loss, slope, offsets, offsets_t, length, sequences, steps,
+        sequence_counts, scale, gradient, partials + 11 * blocks, MEAN_PER_SEQUENCE, DTYPE,
+    )  # fmt: skip
+    live_ratio = tl.where(is_live, ratio, 0.0).to(tl.float64)
+    tl.store(partials, _sum(token_loss))
+    tl.store(partials + blocks, _sum(0.0 - advantage * ratio))
+    tl.store(partials + 2 * blocks, _count(above_high))
+    tl.store(partials + 3 * blocks, _count(below_low))
+    tl.store(partials + 4 * blocks, _count(above_dual))
+    tl.store(partials + 5 * blocks, _sum(0.0 - x))
+    tl.store(partials + 6 * blocks, _sum(k3))
+    tl.store(partials + 7 * blocks, _sum(live_ratio))
+    tl.store(partials + 8 * blocks, _sum(live_ratio * live_ratio))
+    tl.store(partials + 9 * blocks, _largest(tl.where(is_live, ratio, -INF)))
+    tl.store(partials + 10 * blocks, _largest(tl.where(is_live, -ratio, -INF)))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def value_kernel(
+    live, live_b, live_t, constant, constant_b, constant_t, target, target_b, target_t,
+    mask, mask_b, mask_t, tokens, cols, offsets, offsets_t, length, sequences, steps,
+    sequence_counts, scale, gradient, partials, blocks, clip: tl.float64, huber_delta: tl.float64,
+    MEAN_PER_SEQUENCE: tl.constexpr, TARGET_PER_SEQUENCE: tl.constexpr, FLAT: tl.constexpr,
+    BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    i, inside = token_block(tokens, BLOCK)
+    is_live = load_mask(mask, mask_b, mask_t, i, inside, cols, FLAT)
+    value = load_live(live, live_b, live_t, i, inside, is_live, cols, FLAT, DTYPE)
+    old = tl.zeros_like(value)
+    if constant is not None:
+        old = load_live(constant, constant_b, constant_t, i, inside, is_live, cols, FLAT, DTYPE)
+    target = load_live(target, target_b, target_t, i, inside, is_live, cols, FLAT, DTYPE)
+    token_loss, slope, clipped = clipped_value(
+        value, old, target, clip.to(DTYPE), huber_delta.to(DTYPE)
+    )
+
+    partials += tl.program_id(0)
+    _write_tokens(
+        i, inside, is_live, token_loss, slope, offsets, offsets_t, length, sequences, steps,
+        sequence_counts, scale, gradient, partials + 7 * blocks, MEAN_PER_SEQUENCE, DTYPE,
+    )  # fmt: skip
+    error = (value - target).to(tl.float64)
+    tl.store(partials, _sum(token_loss))
+    tl.store(partials + blocks, _count(clipped))
+    tl.store(partials + 2 * blocks, _sum(value))
+    tl.store(partials + 3 * blocks, _sum(target))
+    tl.store(partials + 4 * blocks, _sum(error))
+    tl.store(partials + 5 * blocks, _sum(error * error))
+    tl.store(partials + 6 * blocks, _sum(target.to(tl.float64) * target.to(tl.float64)))
+
+
+@triton.jit(do_not_specialize=("blocks",))
+def finish_kernel(
+    partials, blocks, scale, loss, stats,
+    MEAN_PER_SEQUENCE: tl.constexpr, SUMS: tl.constexpr, EXTREMES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per sum or extreme. The last extreme is a minimum, kept as minus a maximum."""
+    k = tl.program_id(0)
+    partials += k * blocks
+    lanes = tl.arange(0, BLOCK)
+    is_sum = (k < SUMS) | (k >= SUMS + EXTREMES)
+    if is_sum:
+        sums = tl.zeros([BLOCK], tl.float64)
+        for start in range(0, blocks, BLOCK):
+            sums += tl.load(partials + start + lanes, mask=start + lanes < blocks, other=0.0)
+        total = tree_sum(sums)
+    else:
+        largest = tl.full([BLOCK], -INF, tl.float64)
+        for start in range(0, blocks, BLOCK):
+            x = tl.load(partials + start + lanes, mask=start + lanes < blocks, other=-INF)
+            largest = tl.where((x > largest) | isnan(x), x, largest)
+        total = _largest(largest)
+        total = tl.where(k == SUMS + EXTREMES - 1, -total, total)
+    if k < SUMS + EXTREMES:
+        tl.store(stats + k, total)
+    if k == (SUMS + EXTREMES if MEAN_PER_SEQUENCE else 0):
+        factor = tl.load(scale)
+        if not MEAN_PER_SEQUENCE:  # whose parts are weighted
+            total *= factor
+        tl.store(loss, tl.where(factor == 0.0, 0.0, total).to(loss.dtype.element_ty))
+
+
+@triton.jit
+def scale_gradient_kernel(
+    gradient, upstream, scaled, tokens, BLOCK: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Exact zeros, such as masked tokens have, stay: whatever they are multiplied by."""
+    i, inside = token_block(tokens, BLOCK)
+    g = tl.load(gradient + i, mask=inside, other=0.0)
+    by = tl.load(upstream).to(DTYPE)
+    store_tokens(scaled, i, tl.where(g == 0.0, 0.0, g * by), inside)
+
+
+# ---- calls ---------------------------------------------------------------------------------------
+
+
+def clipped_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    log_ratio_clamp: float | None,
+    variant: int,
+    *frame: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    assert variant == 0, "clip, the only variant there is"
+    return _run(
+        policy_kernel,
+        (logprobs, old_logprobs, advantages),
+        advantages.shape != logprobs.shape,
+        (1.0 - clip_low, 1.0 + clip_high, _or_inf(dual_clip), _or_inf(log_ratio_clamp)),
+        POLICY_STATS,
+        *frame,
+    )
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    clip: float | None,
+    huber_delta: float | None,
+    *frame: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _run(
+        value_kernel,
+        (values, old_values, returns),
+        False,
+        (_or_inf(clip), _or_inf(huber_delta)),
+        VALUE_STATS,
+        *frame,
+    )
+
+
+def scale_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    scaled = gradient.new_empty(gradient.shape, dtype=dtype)
+    config = _config(gradient.dtype)
+    flat = gradient.contiguous()
+    launch(
+        scale_gradient_kernel, triton.cdiv(flat.numel(), config.block), flat, upstream, scaled,
+        flat.numel(), config=config, BLOCK=config.block,
+        DTYPE=tl.float64 if gradient.dtype == torch.float64 else tl.float32,
+    )  # fmt: skip
+    return scaled
+
+
+def _or_inf(bound: float | None) -> float:
+    return float("inf") if bound is None else bound
+
+
+def _config(dtype: torch.dtype) -> _configs.Config:
+    return _configs.TOKENS_FP64 if dtype == torch.float64 else _configs.TOKENS
+
+
+def _run(
+    kernel: Any,
+    inputs: tuple[Tensor, Tensor | None, Tensor],
+    target_per_sequence: bool,
+    settings: tuple[float, ...],
+    names: dict[str, str],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    aggregation: int,
+    denominator: Tensor | None,
+    divisor: float | None,
+    norm_length: float | None,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    live, constant, target = inputs
+    dtype = _checks.compute_dtype(*(t for t in inputs if t is not None))
+    loss = live.new_empty((), dtype=dtype)
+    stats = live.new_empty(len(names), dtype=torch.float64)
+    gradient = live.new_empty(live.shape if needs_gradient else (0,), dtype=dtype)
+
+    mask = as_bytes(mask)
+    tokens = Tokens(live, constant, mask, None if target_per_sequence else target)
+    size = (tokens.count, tokens.cols)
+    sequences = live.shape[0] if live.dim() == 2 and tokens.count else 0
+    if cu_seqlens is not None:
+        sequences = cu_seqlens.shape[0] - 1
+    where_mask = tokens.where(mask)
+
+    counting = _configs.COUNTS
+    tile = {"BLOCK": counting.block}
+    block_counts = sequence_counts = None
+    blocks = tokens.programs(counting.block)
+    entries = sequences + (cu_seqlens is not None)
+    if mask is not None:
+        block_counts = live.new_empty(blocks, dtype=torch.int64)
+        launch(
+            count_tokens_kernel, blocks, *where_mask, *size, block_counts,
+            config=counting, FLAT=tokens.flat, **tile,
+        )  # fmt: skip
+    if entries and (mask is not None or cu_seqlens is not None):
+        sequence_counts = live.new_empty(entries, dtype=torch.int64)
+        launch(
+            count_sequences_kernel, entries, *where_mask, *size, block_counts,
+            cu_seqlens, strides(cu_seqlens)[1], tokens.cols, sequences, sequence_counts,
+            _faults.flag(live.device), config=counting, FLAT=tokens.flat, **tile,
+        )  # fmt: skip
+    scale = live.new_empty((), dtype=torch.float64)
+    name = AGGREGATIONS[aggregation]
+    launch(
+        scale_kernel, 1, block_counts, blocks, tokens.count, sequence_counts, entries, sequences,
+        denominator, 1.0 if divisor is None else divisor,
+        _DIVIDE_BY.get(name, _SEQUENCES) if divisor is None else _GIVEN,
+        1.0 if norm_length is None else norm_length, scale, stats, config=counting, **tile,
+    )  # fmt: skip
+
+    config = _config(dtype)
+    blocks = tokens.programs(config.block)
+    mean_per_sequence = {"MEAN_PER_SEQUENCE": name == "seq-mean-token-mean"}
+    rows = len(names) - _COUNTS
+    sums = sum(how == "sum" for how in names.values()) - _COUNTS
+    partials = live.new_empty((rows + name.count("mean-token-mean"), blocks), dtype=torch.float64)
+    where_target = (target, 0, target.stride(0)) if target_per_sequence else tokens.where(target)
+    launch(
+        kernel, blocks, *tokens.where(live), *tokens.where(constant), *where_target,
+        *where_mask, *size, cu_seqlens, strides(cu_seqlens)[1], tokens.cols, sequences,
+        max(sequences - 1, 0).bit_length(), sequence_counts, scale,
+        gradient if needs_gradient else None, partials, blocks, *settings,
+        config=config, TARGET_PER_SEQUENCE=target_per_sequence, FLAT=tokens.flat,
+        BLOCK=config.block, DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+        **mean_per_sequence,
+    )  # fmt: skip
+    launch(
+        finish_kernel, partials.shape[0], partials, blocks, scale, loss, stats[_COUNTS:],
+        config=counting, SUMS=sums, EXTREMES=rows - sums, **tile, **mean_per_sequence,
+    )  # fmt: skip
+    return loss, stats, gradient
