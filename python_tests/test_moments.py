@@ -296,6 +296,21 @@ def test_offsets_past_2_31_elements(name):
         assert pk.whiten(x)[1, 4].item() == pytest.approx(4.5 / math.sqrt(82.5 / 9), rel=1e-6)
 
 
+@pytest.mark.skipif("triton" not in COMPILED, reason="triton does not run here")
+@pytest.mark.parametrize("tokens", [16, 70, 1003])
+def test_many_blocks_are_merged_as_few(monkeypatch, tokens):
+    """Tiny blocks, so that states of several blocks of states are merged, some of them empty."""
+    from ppo_kernels.triton import _configs
+
+    monkeypatch.setattr(_configs, "MOMENTS", _configs.Config(16, 1))
+    monkeypatch.setattr(_configs, "MERGE_MOMENTS", _configs.Config(4, 1))
+    x, mask = example(tokens, dtype=torch.float64)
+    x[tokens // 2 :] += 100
+    mask[:64] &= tokens <= 64
+    y = pk.whiten(x, mask, backend="triton")
+    torch.testing.assert_close(y, oracle(x, mask), rtol=1e-12, atol=1e-13)
+
+
 # ---- gradients -----------------------------------------------------------------------------------
 
 
