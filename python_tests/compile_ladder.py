@@ -243,9 +243,6 @@ def _losses() -> Iterator[Launch]:
         yield launch("clipped_loss", half, shape, "advantage per sequence", per_sequence=True)
 
 
-LAUNCHES: list[Launch] = [*_logprob(), *_moments(), *_categorical_kl(), *_losses(), *_kl()]
-
-
 def _kl() -> Iterator[Launch]:
     def launch(
         estimator: str,
@@ -283,6 +280,9 @@ def _kl() -> Iterator[Launch]:
     yield launch("k3", torch.float32, (8, 1024), "shifted")
     yield launch("k3", torch.float32, (1, 1), "one token")
     yield launch("k3", torch.float32, (8, 1001), "odd", masked=False)
+
+
+LAUNCHES: list[Launch] = [*_logprob(), *_moments(), *_categorical_kl(), *_losses(), *_kl()]
 
 
 # ---- compiling -----------------------------------------------------------------------------------
