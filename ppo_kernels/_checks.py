@@ -16,7 +16,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int32, torch.int64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, *INDICES, *FLOATS)
 # Fault kinds of csrc/kernels.h.
-BAD_TOKEN, BAD_TEMPERATURE, BAD_OFFSETS = 1, 2, 3
+BAD_TOKEN, BAD_TEMPERATURE, BAD_OFFSETS, BAD_LAMBDA = 1, 2, 3, 4
+# And one that only GPU kernels need, which cannot look again.
+BAD_VALUE_LAMBDA = 5
 # A GPU keeps a fault as one integer, position << FAULT_KIND_BITS | kind.
 FAULT_KIND_BITS = 8
 
@@ -146,6 +148,9 @@ def raise_device_fault(fault: int, device: torch.device) -> NoReturn:
     what = {
         BAD_TOKEN: "tokens: expected ids in [0, V) or ignore_index at live positions",
         BAD_TEMPERATURE: "temperature: expected finite values above 0 at live positions",
+        BAD_OFFSETS: "cu_seqlens: expected to start at 0, not to decrease and to end at the tokens",
+        BAD_LAMBDA: "lam: expected finite numbers in [0, 1]",
+        BAD_VALUE_LAMBDA: "value_lam: expected finite numbers in [0, 1]",
     }[fault & ((1 << FAULT_KIND_BITS) - 1)]
     raise ValueError(
         f"{what}, got another at flat position {fault >> FAULT_KIND_BITS} "

@@ -44,3 +44,7 @@ LOGPROB_BACKWARD_FP64 = Table(((256, Config(256, 1)),), Config(1024, 8))
 
 # Kernels without a block: a program is a few scalars.
 ONE_WARP = Config(1, 1)
+
+# A block of steps; a segment is the chunk that is scanned from zero, and the rest of the block is
+# what a program writes.
+SCAN = Config(1024, 8, 256)

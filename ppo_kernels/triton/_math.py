@@ -18,6 +18,9 @@ _TANH_3 = tl.constexpr(0.01645877998099963)
 FAULT_KIND_BITS = tl.constexpr(_checks.FAULT_KIND_BITS)
 BAD_TOKEN = tl.constexpr(_checks.BAD_TOKEN)
 BAD_TEMPERATURE = tl.constexpr(_checks.BAD_TEMPERATURE)
+BAD_OFFSETS = tl.constexpr(_checks.BAD_OFFSETS)
+BAD_LAMBDA = tl.constexpr(_checks.BAD_LAMBDA)
+BAD_VALUE_LAMBDA = tl.constexpr(_checks.BAD_VALUE_LAMBDA)
 
 
 @triton.jit
