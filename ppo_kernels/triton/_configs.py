@@ -46,5 +46,5 @@ LOGPROB_BACKWARD_FP64 = Table(((256, Config(256, 1)),), Config(1024, 8))
 ONE_WARP = Config(1, 1)
 
 # A block of steps; a segment is the chunk that is scanned from zero, and the rest of the block is
-# what a program writes.
-SCAN = Config(1024, 8, 256)
+# what a program writes. With every option a scan needs the registers of a whole multiprocessor.
+SCAN = Config(1024, 8, 256, 255)

@@ -28,7 +28,6 @@ from ._launch import as_bytes, launch, strides
 from ._math import BAD_LAMBDA, BAD_OFFSETS, BAD_VALUE_LAMBDA, report_fault
 
 _SMALLEST = tl.constexpr(2.0**-1022)  # the smallest normal fp64 number
-_NAN = tl.constexpr(float("nan"))
 _NOWHERE = tl.constexpr(2**62)
 
 
@@ -267,7 +266,7 @@ def _lambda(
     if lams is not None:
         value = _read(lams, 0, stride, sequence, sequence, exists)
         bad = exists & ~((value >= 0.0) & (value <= 1.0))
-        value = tl.where(bad, _NAN, value)
+        value = tl.where(bad, float("nan"), value)
         if faults is not None:
             first = tl.min(tl.where(bad, sequence, _NOWHERE), axis=0)
             if first != _NOWHERE:
@@ -337,10 +336,9 @@ def forward_kernel(
     delta = tl.fma(discount, following, r - v)
     cut = ended | cut_short | is_last | lost | ~exists
     chunk_end = _is_chunk_end(k, CHUNK, 1)
-    # Only one of the two stages reports.
-    c = discount * _lambda(lams, lams_s, lam, sequence, exists, faults, BAD_LAMBDA, BLOCK)
+    c = discount * _lambda(lams, lams_s, lam, sequence, exists & ~lost, faults, BAD_LAMBDA, BLOCK)
     advantage, factor = _scan(
-        tl.where(lost | (c != c), _NAN, delta), c, cut, chunk_end, step, carries,
+        tl.where(lost | (c != c), float("nan"), delta), c, cut, chunk_end, step, carries,
         BLOCK, CHUNK, 1,
     )  # fmt: skip
     target = advantage
@@ -350,12 +348,13 @@ def forward_kernel(
         )
     if CHAINS == 2:
         c = discount * _lambda(
-            value_lams, value_lams_s, value_lam, sequence, exists, faults, BAD_VALUE_LAMBDA, BLOCK
+            value_lams, value_lams_s, value_lam, sequence, exists & ~lost, faults,
+            BAD_VALUE_LAMBDA, BLOCK,
         )
         if carries is not None:
             carries += slots
         target, factor = _scan(
-            tl.where(lost | (c != c), _NAN, delta), c, cut, chunk_end, step, carries,
+            tl.where(lost | (c != c), float("nan"), delta), c, cut, chunk_end, step, carries,
             BLOCK, CHUNK, 1,
         )  # fmt: skip
         if sums is not None:
@@ -404,7 +403,7 @@ def backward_kernel(
     discount = tl.zeros([BLOCK], tl.float64) + gamma
     cut = ended_before | cut_short_before | ~precedes | (discount == 0.0)
     chunk_end = _is_chunk_end(k, CHUNK, -1)
-    g = tl.where(lost, _NAN, tl.zeros([BLOCK], tl.float64))
+    g = tl.where(lost, float("nan"), tl.zeros([BLOCK], tl.float64))
     to_returns = g
     if grad_advantages is not None:
         g += _read(grad_advantages, ga_b, ga_t, row, col, live)
@@ -412,13 +411,14 @@ def backward_kernel(
         to_returns += _read(grad_returns, gr_b, gr_t, row, col, live)
     if CHAINS == 1:
         g += to_returns
-    c = discount * _lambda(lams, lams_s, lam, sequence, exists, None, BAD_LAMBDA, BLOCK)
+    c = discount * _lambda(lams, lams_s, lam, sequence, exists & ~lost, None, BAD_LAMBDA, BLOCK)
     d, factor = _scan(g, c, cut, chunk_end, step, carries, BLOCK, CHUNK, -1)
     if sums is not None:
         _store_boundaries(sums, factors, indices, d, factor, step, k, written, CHUNK, -1)
     if CHAINS == 2:
         c = discount * _lambda(
-            value_lams, value_lams_s, value_lam, sequence, exists, None, BAD_VALUE_LAMBDA, BLOCK
+            value_lams, value_lams_s, value_lam, sequence, exists & ~lost, None,
+            BAD_VALUE_LAMBDA, BLOCK,
         )
         if carries is not None:
             carries += slots
@@ -520,7 +520,7 @@ def offsets_kernel(
             low = tl.where(searching & earlier, middle + 1, low)
             high = tl.where(searching & ~earlier, middle, high)
         start = low
-    tl.store(offsets + i, start, mask=exists)
+    tl.store(offsets + i, start, mask=i <= tl.maximum(sequences, 1))
 
 
 # ---- host ----------------------------------------------------------------------------------------
@@ -569,7 +569,8 @@ class _Call:
         self.setting = (
             mask, *strides(mask), terminated, *strides(terminated), truncated, *strides(truncated),
             lams, _stride(lams), value_lams, _stride(value_lams),
-            offsets, where, limit, int(not packed), rows, cols, *places, self.sequences,
+            offsets, where, limit, int(not packed), rows, cols, *places,
+            max(self.sequences, 1),
             self.sequences.bit_length(), gamma, lam, value_lam,
         )  # fmt: skip
         self.tiles = {"BLOCK": block, "CHUNK": self.chunk}
@@ -600,9 +601,10 @@ class _Call:
         limit: Tensor | None, cols: int,
     ) -> Tensor:  # fmt: skip
         block = self.config.block
-        offsets = like.new_empty(self.sequences + 1, dtype=torch.int64)
+        # Without sequences (bad offsets, as there are tokens) an empty one.
+        offsets = like.new_empty(max(self.sequences, 1) + 1, dtype=torch.int64)
         launch(
-            offsets_kernel, triton.cdiv(self.sequences + 1, block), cu_seqlens,
+            offsets_kernel, triton.cdiv(offsets.numel(), block), cu_seqlens,
             _stride(cu_seqlens), where, limit, offsets, _faults.flag(like.device),
             self.sequences, self.tokens, cols, self.tokens.bit_length(),
             config=self.config, BLOCK=block,
