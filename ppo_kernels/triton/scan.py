@@ -1,10 +1,10 @@
 """scan_forward and scan_backward in Triton: x_t = d_t + c_t x_{t+1}, in fp64, and its adjoint.
 
 Every sequence is cut into chunks of CHUNK steps, counted from its first step that exists. A program
-scans a block of steps: OWN that it writes, and enough of what the scan meets before them to complete
-the first one's chunk. By doubling distances each step is combined with all that follow it in its
-chunk, so a step's bits depend on its place in the sequence alone: not on where in a block it lies,
-on what is packed beside it, or on padding.
+scans a block of steps: those that it writes, and as many of those that the scan meets before them
+as complete the first one's chunk. By doubling distances each step is combined with all that follow
+it in its chunk, so a step's bits depend on its place in the sequence alone: not on where in a block
+it lies, on what is packed beside it, or on padding.
 
 What passes from chunk to chunk is a scan of the same kind over one element per inner boundary, that
 is cut into chunks in turn, and so on: no program waits for another, and one long row or a million
@@ -114,10 +114,7 @@ def carries_kernel(
     block = (program % blocks).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     own: tl.constexpr = BLOCK - CHUNK
-    if DIRECTION > 0:
-        slot = block * own + lane
-    else:
-        slot = (block + 1) * own - 1 - lane
+    slot = block * own + lane if DIRECTION > 0 else (block + 1) * own - 1 - lane
     exists = (slot >= 0) & (slot < slots)
     x = tl.load(sums + chain * slots + slot, mask=exists, other=0.0)
     c = tl.load(factors + chain * slots + slot, mask=exists, other=0.0)
@@ -144,7 +141,7 @@ def carries_kernel(
 def _read(t, t_b, t_t, row, col, wanted):
     """In fp64; 0 where not wanted, whatever is there."""
     x = tl.load(t + row * t_b + col * t_t, mask=wanted, other=0.0)
-    if x.dtype == tl.bfloat16 or x.dtype == tl.float16:
+    if x.dtype.primitive_bitwidth == 16:
         x = x.to(tl.float32)
     return x.to(tl.float64)
 
@@ -153,7 +150,7 @@ def _read(t, t_b, t_t, row, col, wanted):
 def _is_set(t, t_b, t_t, row, col, wanted):
     """Where wanted and not zero."""
     x = tl.load(t + row * t_b + col * t_t, mask=wanted, other=0)
-    if x.dtype == tl.bfloat16 or x.dtype == tl.float16:
+    if x.dtype.primitive_bitwidth == 16:
         x = x.to(tl.float32)
     return wanted & (x != 0)
 
@@ -168,10 +165,7 @@ def _row_places(
     inside = lane % width
     row = (program // blocks).to(tl.int64) * rows_at_once + lane // width
     block = (program % blocks).to(tl.int64)
-    if DIRECTION > 0:
-        col = block * own + inside
-    else:
-        col = (block + 1) * own - 1 - inside
+    col = block * own + inside if DIRECTION > 0 else (block + 1) * own - 1 - inside
     exists = (lane // width < rows_at_once) & (row < rows) & (col >= 0) & (col < cols)
     return row, col, exists, exists & (inside < own)
 
@@ -194,9 +188,10 @@ def _places(
     offsets, where, limit, padded, rows, cols, blocks, width, rows_at_once, own, sequences,
     search_steps, BLOCK: tl.constexpr, DIRECTION: tl.constexpr,
 ):  # fmt: skip
-    """Of every lane: row, column, sequence, the step's number among all that exist and in its
-    sequence, the sequence's length, whether the step exists, is the program's own, and is in none
-    of the sequences (bad offsets)."""
+    """Of every lane: row, column, sequence, number among all steps and in its sequence, its length.
+
+    And whether the step exists, is the program's own, and is in no sequence (bad offsets).
+    """
     program = tl.program_id(0)
     if offsets is None:
         row, col, exists, written = _row_places(
@@ -225,11 +220,9 @@ def _places(
 @triton.jit
 def _token(where, step, exists):
     """The flat position of a step."""
-    if where is None:
-        token = step
-    else:
-        token = tl.load(where + step, mask=exists, other=0).to(tl.int64)
-    return token
+    if where is not None:
+        step = tl.load(where + step, mask=exists, other=0).to(tl.int64)
+    return step
 
 
 @triton.jit
@@ -323,9 +316,7 @@ def forward_kernel(
         following = _read(values, values_b, values_t, row, after, follows)
     if bootstrap is not None:
         used = is_last & (live if TRUNCATE else exists)
-        following = tl.where(
-            used, _read(bootstrap, 0, bootstrap_s, row, sequence, used), following
-        )
+        following = tl.where(used, _read(bootstrap, 0, bootstrap_s, row, sequence, used), following)
     if next_values is not None:
         following = tl.where(
             cut_short,
@@ -338,23 +329,27 @@ def forward_kernel(
     chunk_end = _is_chunk_end(k, CHUNK, 1)
     c = discount * _lambda(lams, lams_s, lam, sequence, exists & ~lost, faults, BAD_LAMBDA, BLOCK)
     advantage, factor = _scan(
-        tl.where(lost | (c != c), float("nan"), delta), c, cut, chunk_end, step, carries,
+        tl.where(lost | ~(c >= 0.0), float("nan"), delta), c, cut, chunk_end, step, carries,
         BLOCK, CHUNK, 1,
     )  # fmt: skip
     target = advantage
     if sums is not None:
-        _store_boundaries(
-            sums, factors, indices, advantage, factor, step, k, written, CHUNK, 1
-        )
+        _store_boundaries(sums, factors, indices, advantage, factor, step, k, written, CHUNK, 1)
     if CHAINS == 2:
         c = discount * _lambda(
-            value_lams, value_lams_s, value_lam, sequence, exists & ~lost, faults,
-            BAD_VALUE_LAMBDA, BLOCK,
+            value_lams,
+            value_lams_s,
+            value_lam,
+            sequence,
+            exists & ~lost,
+            faults,
+            BAD_VALUE_LAMBDA,
+            BLOCK,
         )
         if carries is not None:
             carries += slots
         target, factor = _scan(
-            tl.where(lost | (c != c), float("nan"), delta), c, cut, chunk_end, step, carries,
+            tl.where(lost | ~(c >= 0.0), float("nan"), delta), c, cut, chunk_end, step, carries,
             BLOCK, CHUNK, 1,
         )  # fmt: skip
         if sums is not None:
@@ -417,14 +412,18 @@ def backward_kernel(
         _store_boundaries(sums, factors, indices, d, factor, step, k, written, CHUNK, -1)
     if CHAINS == 2:
         c = discount * _lambda(
-            value_lams, value_lams_s, value_lam, sequence, exists & ~lost, None,
-            BAD_VALUE_LAMBDA, BLOCK,
+            value_lams,
+            value_lams_s,
+            value_lam,
+            sequence,
+            exists & ~lost,
+            None,
+            BAD_VALUE_LAMBDA,
+            BLOCK,
         )
         if carries is not None:
             carries += slots
-        d_returns, factor = _scan(
-            to_returns, c, cut, chunk_end, step, carries, BLOCK, CHUNK, -1
-        )
+        d_returns, factor = _scan(to_returns, c, cut, chunk_end, step, carries, BLOCK, CHUNK, -1)
         d += d_returns
         if sums is not None:
             _store_boundaries(
@@ -446,9 +445,7 @@ def backward_kernel(
             grad = (to_returns - d) + of_before
             tl.store(grad_values + token, tl.where(live, grad, 0.0), mask=written)
         if grad_next_values is not None:
-            tl.store(
-                grad_next_values + token, tl.where(cut_short, through, 0.0), mask=written
-            )
+            tl.store(grad_next_values + token, tl.where(cut_short, through, 0.0), mask=written)
         if grad_bootstrap is not None:
             used = (live if TRUNCATE else exists) & ~(ended | cut_short)
             tl.store(
@@ -587,13 +584,9 @@ class _Call:
         dtype = torch.int32 if self.tokens < 2**31 else torch.int64
         where = mask.new_empty(self.tokens, dtype=dtype)
         about = (mask, *strides(mask), rows, cols, *places)
-        launch(
-            live_kernel, programs, *about, counts, None, None, config=self.config, BLOCK=block
-        )
+        launch(live_kernel, programs, *about, counts, None, None, config=self.config, BLOCK=block)
         launch(count_kernel, 1, counts, before, programs, config=self.config, BLOCK=block)
-        launch(
-            live_kernel, programs, *about, None, before, where, config=self.config, BLOCK=block
-        )
+        launch(live_kernel, programs, *about, None, before, where, config=self.config, BLOCK=block)
         return where, before[-1]
 
     def _offsets(
@@ -624,17 +617,17 @@ class _Call:
                 sums, factors, indices, None, self.slots, *self.setting,
                 config=self.config, **self.constants,
             )  # fmt: skip
-            carries = self._carries(
-                sums, factors, indices, self.slots, self.boundaries, direction
-            )
+            carries = self._carries(sums, factors, indices, self.slots, self.boundaries, direction)
         launch(
             kernel, self.programs, *inputs, *outputs, None, None, None, carries, self.slots,
             *self.setting, config=self.config, **self.constants,
         )  # fmt: skip
 
     def _summaries(self, like: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Per slot: the value at a boundary, the factor of what is beyond, and its number in its
-        sequence: 0, which hands on nothing, where no boundary has the slot."""
+        """Per slot: the value at a boundary, the factor of what is beyond, its number.
+
+        The number is 0, which hands on nothing, where no boundary has the slot.
+        """
         sums, factors = like.new_empty((2, self.chains, slots), dtype=torch.float64)
         return sums, factors, like.new_zeros((self.chains, slots), dtype=torch.int64)
 
@@ -653,9 +646,7 @@ class _Call:
                 carries_kernel, blocks * self.chains, sums, factors, indices, *upper, None, None,
                 blocks, slots, next_slots, config=self.config, **constants,
             )  # fmt: skip
-            carries = self._carries(
-                *upper, next_slots, (longest - 1) // self.chunk, direction
-            )
+            carries = self._carries(*upper, next_slots, (longest - 1) // self.chunk, direction)
         results = torch.empty_like(sums)
         launch(
             carries_kernel, blocks * self.chains, sums, factors, indices, None, None, None,
@@ -665,8 +656,10 @@ class _Call:
 
 
 def _blocks(rows: int, cols: int, block: int, own: int) -> tuple[int, tuple[int, ...]]:
-    """Programs for [rows, cols], and per program: blocks of a row, its width, how many rows, and
-    the columns it owns. Rows that fit into a block are never split."""
+    """Programs for [rows, cols]; blocks of a row, their width, rows of a program, columns it owns.
+
+    Rows that fit into a block are never split.
+    """
     if cols > block:
         blocks = triton.cdiv(cols, own)
         return rows * blocks, (blocks, block, 1, own)
@@ -707,9 +700,7 @@ def scan_backward(
     assert grad is not None
     call = _Call(grad, *setting)
     new = grad.new_zeros if call.leaves_gaps else grad.new_empty
-    results = [
-        new(grad.shape) if needed else grad.new_empty(0) for needed in needs[:3]
-    ]
+    results = [new(grad.shape) if needed else grad.new_empty(0) for needed in needs[:3]]
     results.append(grad.new_zeros(call.sequences if needs[3] else 0))
     inputs = (
         grad_advantages, *strides(grad_advantages), grad_returns, *strides(grad_returns)
