@@ -16,9 +16,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int32, torch.int64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, *INDICES, *FLOATS)
 # Fault kinds of csrc/kernels.h.
-BAD_TOKEN, BAD_TEMPERATURE, BAD_OFFSETS = 1, 2, 3
-# Fault kinds of a GPU alone.
-BAD_COEFFICIENT = 5
+BAD_TOKEN, BAD_TEMPERATURE, BAD_OFFSETS, BAD_LAMBDA = 1, 2, 3, 4
+# And those that only GPU kernels need, which cannot look again.
+BAD_VALUE_LAMBDA, BAD_COEFFICIENT = 5, 6
 # A GPU keeps a fault as one integer, position << FAULT_KIND_BITS | kind.
 FAULT_KIND_BITS = 8
 
@@ -148,7 +148,9 @@ def raise_device_fault(fault: int, device: torch.device) -> NoReturn:
     what = {
         BAD_TOKEN: "tokens: expected ids in [0, V) or ignore_index at live positions",
         BAD_TEMPERATURE: "temperature: expected finite values above 0 at live positions",
-        BAD_OFFSETS: "cu_seqlens: expected offsets from 0 to the number of tokens, not decreasing",
+        BAD_OFFSETS: "cu_seqlens: expected to start at 0, not to decrease and to end at the tokens",
+        BAD_LAMBDA: "lam: expected finite numbers in [0, 1]",
+        BAD_VALUE_LAMBDA: "value_lam: expected finite numbers in [0, 1]",
         BAD_COEFFICIENT: "kl_coef: expected a finite number in [0, inf)",
     }[fault & ((1 << FAULT_KIND_BITS) - 1)]
     raise ValueError(

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -282,7 +283,58 @@ def _kl() -> Iterator[Launch]:
     yield launch("k3", torch.float32, (8, 1001), "odd", masked=False)
 
 
-LAUNCHES: list[Launch] = [*_logprob(), *_moments(), *_categorical_kl(), *_losses(), *_kl()]
+def _scan() -> Iterator[Launch]:
+    def plain(dtype: torch.dtype, rows: int, length: int) -> None:
+        rewards, values = (meta(rows, length, dtype=dtype, grad=True) for _ in range(2))
+        backward(*pk.gae(rewards, values, gamma=0.99, lam=0.95, backend="triton"))
+
+    def returns(dtype: torch.dtype, total: int) -> None:
+        rewards = meta(total, dtype=dtype, grad=True)
+        offsets = meta(65, dtype=torch.int32)
+        backward(
+            pk.discounted_returns(rewards, gamma=0.99, cu_seqlens=offsets, backend="triton"),
+        )
+
+    def everything(dtype: torch.dtype, convention: str, packed: bool) -> None:
+        shape, sequences = ((2**18,), 64) if packed else ((64, 4096), 64)
+        extra = {"cu_seqlens": meta(sequences + 1, dtype=torch.int64)} if packed else {}
+        longer = shape if packed else (64, 4097)
+        tensors = [meta(*s, dtype=dtype, grad=True) for s in (shape, longer, shape)]
+        backward(
+            *pk.gae(
+                tensors[0],
+                tensors[1],
+                next_values=tensors[2],
+                gamma=0.99,
+                lam=meta(sequences),
+                value_lam=meta(sequences),
+                mask=meta(*shape, dtype=torch.bool),
+                mask_convention=convention,
+                terminated=meta(*shape, dtype=torch.bool),
+                truncated=meta(*shape, dtype=torch.bool),
+                backend="triton",
+                **extra,
+            )
+        )
+
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        name = str(dtype).removeprefix("torch.")
+        yield Launch("scan", f"{name} [64, 4096]", partial(plain, dtype, 64, 4096))
+    yield Launch("scan", "float32 packed returns", partial(returns, torch.float32, 2**16))
+    for convention, packed in (("carry", True), ("truncate", False)):
+        label = f"float32 {'packed' if packed else 'padded'} {convention} everything"
+        yield Launch("scan", label, partial(everything, torch.float32, convention, packed), True)
+    yield Launch("scan", "float32 [1, 2^24]", partial(plain, torch.float32, 1, 2**24))
+
+
+LAUNCHES: list[Launch] = [
+    *_logprob(),
+    *_moments(),
+    *_categorical_kl(),
+    *_losses(),
+    *_kl(),
+    *_scan(),
+]
 
 
 # ---- compiling -----------------------------------------------------------------------------------

@@ -890,6 +890,8 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input(name, what):
     given, error, message = BAD[what]
+    if name == "triton" and "at index" in message:
+        pytest.skip("only check() tells: see test_triton_scan.py")
     arguments = {"rewards": R, "values": V, "gamma": 0.9, "lam": 0.9} | given
     with executor(name), pytest.raises(error, match=message):
         pk.gae(**arguments)
@@ -902,5 +904,7 @@ def test_bad_input_of_discounted_returns(name):
             pk.discounted_returns(R, gamma=0.9, bootstrap=torch.ones(3))
         with pytest.raises(ValueError, match="gamma: "):
             pk.discounted_returns(R, gamma=-1)
+        if name == "triton":
+            return  # only check() tells
         with pytest.raises(ValueError, match="cu_seqlens: expected to end at 6"):
             pk.discounted_returns(N, gamma=0.9, cu_seqlens=torch.tensor([0, 7]))

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
 from ..cpu import scan as cpu
+from ..triton import kernel as triton
 
 CONVENTIONS = ("carry", "zero", "truncate")
 
@@ -225,6 +226,7 @@ class Scan:
             fake=_fake_forward,
             autograd=self._autograd,
             cpu=cpu.scan_forward,
+            triton=triton("scan", "scan_forward"),
         )
         self.backward = Op(
             f"{name}_backward",
@@ -233,6 +235,7 @@ class Scan:
             function=function,
             fake=_fake_backward,
             cpu=cpu.scan_backward,
+            triton=triton("scan", "scan_backward"),
         )
 
     def _autograd(self, *args: Any) -> tuple[Tensor, ...]:

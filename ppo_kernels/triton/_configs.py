@@ -65,3 +65,7 @@ TOKENS = Config(1024, 4)
 TOKENS_FP64 = Config(512, 4)
 # Sums of one number per block or per sequence.
 COUNTS = Config(1024, 4)
+
+# A block of steps; a segment is the chunk that is scanned from zero, and the rest of the block is
+# what a program writes. With every option a scan needs the registers of a whole multiprocessor.
+SCAN = Config(1024, 8, 256, 255)

@@ -19,6 +19,8 @@ FAULT_KIND_BITS = tl.constexpr(_checks.FAULT_KIND_BITS)
 BAD_TOKEN = tl.constexpr(_checks.BAD_TOKEN)
 BAD_TEMPERATURE = tl.constexpr(_checks.BAD_TEMPERATURE)
 BAD_OFFSETS = tl.constexpr(_checks.BAD_OFFSETS)
+BAD_LAMBDA = tl.constexpr(_checks.BAD_LAMBDA)
+BAD_VALUE_LAMBDA = tl.constexpr(_checks.BAD_VALUE_LAMBDA)
 BAD_COEFFICIENT = tl.constexpr(_checks.BAD_COEFFICIENT)
 
 
