@@ -156,6 +156,17 @@ def test_sums_of_blocks_are_kept_in_fp64():
     assert m.value_mean.item() == pytest.approx(values[0].double().item(), rel=1e-13)
 
 
+@FUNCTIONS
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_bad_upstream_gradient_stays_out_of_masked_positions(function, bad):
+    (first, *others), mask = example(3, 40)
+    leaf = first.requires_grad_()
+    loss, _ = function(leaf, *others, mask, backend="triton")
+    loss.backward(torch.tensor(bad, device=DEVICE))
+    assert not leaf.grad[~mask].any()
+    assert not leaf.grad[mask].isfinite().all()
+
+
 # ---- faults --------------------------------------------------------------------------------------
 
 

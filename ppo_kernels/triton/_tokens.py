@@ -1,5 +1,7 @@
 """Kernels that walk over all tokens of [B, T] or packed [N] tensors, in row-major order."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,7 +33,7 @@ class Tokens:
         self.cols = max(given[0].shape[-1], 1) if given[0].dim() else 1
         self.flat = all(_step(t) is not None for t in given)
 
-    def where(self, t: Tensor | None) -> tuple[Tensor | None, int | None, int | None]:
+    def where(self, t: Tensor | None) -> tuple[Any, ...]:
         """A tensor and its strides, for a kernel."""
         if t is None:
             return None, 0, 0

@@ -160,11 +160,11 @@ class _Pass:
         self, logprobs: Tensor, ref: Tensor, mask: Tensor | None, estimator: str,
         dtype: torch.dtype, *others: Tensor,
     ) -> None:  # fmt: skip
-        logprobs, ref, mask, *others = two_leading_each(logprobs, ref, as_bytes(mask), *others)
-        self.tokens = Tokens(logprobs, ref, mask, *others)
+        logprobs, ref, mask, *more = two_leading_each(logprobs, ref, as_bytes(mask), *others)
+        self.tokens = Tokens(logprobs, ref, mask, *more)
         self.mask = (*self.tokens.where(mask), self.tokens.count, self.tokens.cols)
         self.inputs = (*self.tokens.where(logprobs), *self.tokens.where(ref), *self.mask)
-        self.others = [entry for t in others for entry in self.tokens.where(t)]
+        self.others = [entry for t in more for entry in self.tokens.where(t)]
         wide = dtype == torch.float64
         self.config = _configs.TOKENS_FP64 if wide else _configs.TOKENS
         self.constants = {
