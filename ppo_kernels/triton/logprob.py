@@ -110,7 +110,8 @@ def _sum_segment(
             gap = tl.where(highest == -INF, 0.0, (highest - top) * narrow_gain)
             weight = tl.exp2(gap)
             if ENTROPY:
-                slope = weight * (slope + gap * (at_max + rest))
+                # gap * mass is 0 where the weight is: -inf * 0 cannot be.
+                slope = tl.where(weight == 0.0, 0.0, weight * (slope + gap * (at_max + rest)))
                 rest = weight * (at_max + rest)
                 at_max = tl.zeros([BLOCK], DTYPE)
             else:
