@@ -426,7 +426,7 @@ def test_carry_equals_removal_bit_for_bit(name):
         assert not a[~mask].any()
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", [e for e in COMPILED if e != "triton"])  # see test_triton_scan.py
 @pytest.mark.parametrize("convention", CONVENTIONS)
 def test_bits_do_not_depend_on_threads_place_or_strides(name, convention):
     """One sequence alone, among others, first or last, contiguous or not, on 1, 2 or 3 threads."""

@@ -110,6 +110,14 @@ LOGPROBS_ENTROPY = {
 }
 
 
+def _categorical_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    logp, logq = (x.float().log_softmax(-1) for x in (logits, ref_logits))
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
+CATEGORICAL_KL = torch_and_inductor(_categorical_kl)
+
+
 def _hidden(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
     return _logprobs(hidden @ weight.mT, tokens)
 

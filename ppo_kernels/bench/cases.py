@@ -122,6 +122,11 @@ def _logits(g: torch.Generator, shape: Shape) -> Inputs:
     }
 
 
+def _two_logits(g: torch.Generator, shape: Shape) -> Inputs:
+    logits = torch.randn(shape, generator=g).mul_(3)
+    return {"logits": logits, "ref_logits": logits + 0.3 * torch.randn(shape, generator=g)}
+
+
 def _hidden(g: torch.Generator, shape: Shape) -> Inputs:
     rows, width, vocab = shape
     return {
@@ -249,6 +254,15 @@ _ALL = (
         call=_from_hidden,
         arithmetic=True,
     ),
+    Benchmark(
+        "categorical_kl",
+        "",
+        _two_logits,
+        ("logits",),
+        (8, 50257),
+        baselines.CATEGORICAL_KL,
+        again=("logits", "ref_logits"),
+    ),
     Benchmark("clipped_loss", "", _clipped_loss, ("logprobs",), (8, 512), baselines.CLIPPED_LOSS),
     Benchmark("value_loss", "", _value_loss, ("values",), (8, 512), baselines.VALUE_LOSS),
     Benchmark(
@@ -317,7 +331,8 @@ def _jobs(
 
 def _per_token(shapes: list[Shape], dtypes: tuple[torch.dtype, ...] = _FP32) -> list[Job]:
     """Everything that takes [B, T]."""
-    names = [key for key in BENCHMARKS if key[0] != "logprobs_from_logits" and key[1] != "packed"]
+    of_logits = ("logprobs_from_logits", "categorical_kl")
+    names = [key for key in BENCHMARKS if key[0] not in of_logits and key[1] != "packed"]
     return [job for name in names for job in _jobs(*name, shapes, dtypes)]
 
 
@@ -326,6 +341,7 @@ def _small() -> list[Job]:
         *_jobs("logprobs_from_logits", "", [(8, 1009)]),
         *_jobs("logprobs_from_logits", "entropy", [(8, 1009)], _HALF),
         *_jobs("logprobs_from_logits", "hidden @ weight", [(8, 16, 1009)]),
+        *_jobs("categorical_kl", "", [(8, 1009)]),
         *_per_token([(1, 8), (8, 256)]),
         *_jobs("gae", "packed", [(4096,)]),
     ]
@@ -341,6 +357,8 @@ def _default() -> list[Job]:
         *_jobs("logprobs_from_logits", "", [(256, v) for v in (8192, 32000, 128256)]),
         *_jobs("logprobs_from_logits", "entropy", logits[2:], (*_FP32, *_HALF)),
         *_jobs("logprobs_from_logits", "hidden @ weight", [(512, 768, 50257)]),
+        *_jobs("categorical_kl", "", [(8, 8)]),
+        *_jobs("categorical_kl", "", logits[1:2], (*_FP32, *_HALF)),
         *_per_token([(1, 8), (64, 1024), (64, 16384)]),
         *_per_token([(64, 1024)], (torch.bfloat16, torch.float16)),
         *_jobs("gae", "", steps),
@@ -355,6 +373,7 @@ def _large() -> list[Job]:
         *_jobs("logprobs_from_logits", "entropy", [(4096, 152064)], _HALF),
         *_jobs("logprobs_from_logits", "", [(1, 262144), (4, 262144)]),
         *_jobs("logprobs_from_logits", "hidden @ weight", [(2048, 2048, 50257)]),
+        *_jobs("categorical_kl", "", [(2048, 152064)], _HALF),
         *_per_token([(1024, 16384)]),
         *_jobs("gae", "", [(16, 1048576), (1, 16777216)]),
         *_jobs("gae", "packed", [(16777216,)]),

@@ -126,6 +126,7 @@ def nonzero(mask):
     return mask != 0
 
 
+@triton.jit
 def exponential(t):
     """e^t, and e^t - 1 and e^t - 1 - t to relative accuracy near 0: see csrc/math/kl.h."""
     large = ~((t < 1.0) & (t > -1.0))
