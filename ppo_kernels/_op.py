@@ -59,7 +59,7 @@ _OBSERVERS: tuple[Callable[[], Any], ...] = (
     torch.autograd._profiler_enabled,  # type: ignore[attr-defined]
 )
 _keys_of = torch._C._dispatch_keys
-_PLAIN_KEYS = {_keys_of(torch.empty(0)).raw_repr()}
+_PLAIN_KEYS = _keys_of(torch.empty(0)).raw_repr()
 _chosen: list[str] = [os.environ.get("PPO_KERNELS_BACKEND") or "auto"]
 
 
@@ -107,10 +107,11 @@ def _dispatch_changes_nothing(args: Sequence[Any]) -> bool:
         if observed():
             return False
     for a in args:
-        if isinstance(a, Tensor) and (
-            (type(a) is not Tensor and type(a) is not Parameter)
-            or _keys_of(a).raw_repr() not in _PLAIN_KEYS
-        ):
+        kind = type(a)
+        if kind is Tensor or kind is Parameter:
+            if _keys_of(a).raw_repr() != _PLAIN_KEYS:
+                return False
+        elif isinstance(a, Tensor):
             return False
     return True
 
@@ -181,10 +182,8 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if not _dispatch_changes_nothing(args):
             return self._overload(*args)
-        if torch.is_grad_enabled():
-            for a in args:
-                if isinstance(a, Tensor) and a.requires_grad:
-                    return self._autograd(*args)
+        if torch.is_grad_enabled() and _requires_grad(args):
+            return self._autograd(*args)
         return self._run(*args)
 
     def below(self, *args: Any) -> Any:
@@ -202,7 +201,11 @@ class Op:
         else:
             _check_name(backend, "backend")
         if backend == "auto":
-            return next(name for name in BACKENDS if refusal(self, name, device.type) is None)
+            for name in BACKENDS:  # the last is `torch`, which runs anywhere
+                if refusal(self, name, device.type) is None:
+                    backend = name
+                    break
+            return backend
         reason = refusal(self, backend, device.type)
         if reason:
             _refuse(self, backend, device.type, reason)
@@ -238,8 +241,15 @@ def _device(args: Sequence[Any]) -> torch.device:
     return next(a.device for a in args if isinstance(a, Tensor))
 
 
+def _requires_grad(args: Sequence[Any]) -> bool:
+    for a in args:  # noqa: SIM110 (a generator takes twice as long, in every call)
+        if isinstance(a, Tensor) and a.requires_grad:
+            return True
+    return False
+
+
 def raise_if_recorded(name: str, args: Sequence[Any]) -> None:
-    if any(isinstance(a, Tensor) and a.requires_grad for a in args):
+    if _requires_grad(args):
         raise RuntimeError(f"ppo_kernels::{name} is not differentiable: an input requires grad")
 
 

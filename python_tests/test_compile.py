@@ -76,16 +76,17 @@ def test_a_whole_step_compiles_into_one_graph(compiler, backend):
         torch.testing.assert_close(o, e, rtol=2e-5, atol=2e-6)
 
 
-def test_autocast_and_inference_mode_change_nothing():
+def test_autocast_inference_mode_and_another_default_device_change_nothing():
     logits, values, batch = example()
     expected = step(logits, values, batch)
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = step(logits, values, batch)
     with torch.inference_mode():
         inferred = step(logits, values, batch)
-    for e, a, i in zip(expected, under_autocast, inferred, strict=True):
-        assert torch.equal(e, a)
-        assert torch.equal(e, i)
+    with torch.device("meta"):
+        elsewhere = step(logits, values, batch)
+    for e, *others in zip(expected, under_autocast, inferred, elsewhere, strict=True):
+        assert all(torch.equal(e, other) for other in others)
 
 
 # ---- eager calls that go past the dispatcher -----------------------------------------------------

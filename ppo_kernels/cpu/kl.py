@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from . import _C, pointer, rows, rows_cols, two_leading_each
+from . import _C, empty, pointer, rows, rows_cols, two_leading_each
 
 # The order of enum Estimator in csrc/math/kl.h.
 ESTIMATORS = ("k1", "k2", "k3", "abs")
@@ -20,7 +20,7 @@ def kl_forward(
     gradient: str,
     clamp: float,
 ) -> Tensor:
-    kl = torch.empty(logprobs.shape, dtype=_checks.compute_dtype(logprobs, ref_logprobs))
+    kl = empty(logprobs.shape, _checks.compute_dtype(logprobs, ref_logprobs))
     logprobs, ref_logprobs, mask = two_leading_each(logprobs, ref_logprobs, mask)
     _C.kl_forward(
         rows(logprobs), rows(ref_logprobs), rows(mask), *rows_cols(logprobs),
@@ -37,7 +37,7 @@ def kl_backward(
     gradient: str,
     clamp: float,
 ) -> Tensor:
-    grad = torch.empty(logprobs.shape, dtype=logprobs.dtype)
+    grad = empty(logprobs.shape, logprobs.dtype)
     grad_kl, logprobs, ref_logprobs, mask = two_leading_each(grad_kl, logprobs, ref_logprobs, mask)
     _C.kl_backward(
         rows(grad_kl), rows(logprobs), rows(ref_logprobs), rows(mask), *rows_cols(logprobs),
@@ -61,8 +61,8 @@ def shape_rewards(
         kl_coef = kl_coefs.item()
         _checks.number("kl_coef", kl_coef, low=0)
     dtype = _checks.compute_dtype(scores, logprobs, ref_logprobs)
-    rewards, kl = (torch.empty(logprobs.shape, dtype=dtype) for _ in range(2))
-    last = torch.empty(scores.shape, dtype=torch.int64)
+    rewards, kl = empty(logprobs.shape, dtype), empty(logprobs.shape, dtype)
+    last = empty(scores.shape, torch.int64)
     fault = _C.shape_rewards(
         rows(scores), rows(logprobs), rows(ref_logprobs), rows(mask), rows(cu_seqlens),
         *rows_cols(logprobs), scores.shape[0], ESTIMATORS.index(estimator), kl_coef, clamp,

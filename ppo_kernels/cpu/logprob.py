@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from . import _C, empty_large, rows, rows_cols, two_leading
+from . import _C, empty, empty_large, rows, rows_cols, two_leading
 
 
 def logprob_forward(
@@ -21,12 +21,13 @@ def logprob_forward(
     logit_scale: float,
     ignore_index: int,
     entropy: bool,
+    inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     shape = tokens.shape
-    logprobs = torch.empty(shape, dtype=dtype)
-    entropies = torch.empty(shape if entropy else 0, dtype=dtype)
-    state = torch.empty((*shape, 3), dtype=dtype)
+    logprobs = empty(shape, dtype)
+    entropies = empty(shape if entropy else (0,), dtype)
+    state = empty((*shape, 3), dtype)
     if len(shape) > 2:
         logits, tokens = two_leading(logits, 1), two_leading(tokens)
         mask = mask if mask is None else two_leading(mask)

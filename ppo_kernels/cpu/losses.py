@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..metrics import POLICY_STATS, VALUE_STATS
-from . import _C, rows, rows_cols
+from . import _C, empty, rows, rows_cols
 
 
 def clipped_loss(
@@ -52,7 +52,7 @@ def value_loss(
 
 
 def scale_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    scaled = torch.empty(gradient.shape, dtype=dtype)
+    scaled = empty(gradient.shape, dtype)
     flat = gradient.contiguous().view(-1)
     _C.scale_gradient(
         rows(flat), rows(upstream), flat.shape[0], rows(scaled.view(-1)), torch.get_num_threads()
@@ -84,7 +84,7 @@ def _run(
             dtype = torch.float64
     loss = torch.empty((), dtype=dtype)
     stats = torch.empty(stats_size, dtype=torch.float64)
-    gradient = torch.empty(live.shape if needs_gradient else 0, dtype=dtype)
+    gradient = empty(live.shape if needs_gradient else (0,), dtype)
     sequences = live.shape[0] if live.dim() == 2 else 0
     if cu_seqlens is not None:
         sequences = cu_seqlens.shape[0] - 1

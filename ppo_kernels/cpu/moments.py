@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from . import _C, pointer, rows, rows_cols, two_leading_each
+from . import _C, empty, pointer, rows, rows_cols, two_leading_each
 
 
 def masked_reduce(
@@ -25,8 +25,8 @@ def masked_reduce(
         x = x.reshape(outer, reduced, inner)
         mask = mask if mask is None else mask.reshape(outer, reduced, inner)
         shape = shape[:dim] + shape[dim + 1 :]
-    out = torch.empty(shape, dtype=_checks.compute_dtype(x))
-    count = torch.empty(shape, dtype=torch.float64)
+    out = empty(shape, _checks.compute_dtype(x))
+    count = empty(shape, torch.float64)
     _C.masked_reduce(
         rows(x), rows(mask), outer, reduced, inner, dim is None, mean, pointer(out),
         pointer(count), torch.get_num_threads(),
@@ -51,7 +51,7 @@ def whiten_forward(
 def whiten_apply(
     x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, unbiased: bool, eps: float
 ) -> Tensor:
-    out = torch.empty(x.shape, dtype=_checks.compute_dtype(x))
+    out = empty(x.shape, _checks.compute_dtype(x))
     x, mask = two_leading_each(x, mask)
     _C.whiten(
         rows(x), rows(mask), rows(moments), *rows_cols(x), shift_mean, unbiased, eps,
@@ -69,7 +69,7 @@ def whiten_backward(
     unbiased: bool,
     eps: float,
 ) -> Tensor:
-    grad_x = torch.empty(x.shape, dtype=x.dtype)
+    grad_x = empty(x.shape, x.dtype)
     grad, x, mask = two_leading_each(grad, x, mask)
     _C.whiten_backward(
         rows(grad), rows(x), rows(mask), rows(moments), *rows_cols(x), shift_mean,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from . import _C, rows, rows_cols
+from . import _C, empty, rows, rows_cols
 
 
 def scan_forward(
@@ -23,8 +23,8 @@ def scan_forward(
         for t in (rewards, values, next_values, bootstrap)
     )
     dtype = torch.float64 if double else torch.float32
-    returns = torch.empty(rewards.shape, dtype=dtype)
-    advantages = torch.empty(0 if values is None else rewards.shape, dtype=dtype)
+    returns = empty(rewards.shape, dtype)
+    advantages = empty((0,) if values is None else rewards.shape, dtype)
     fault = _C.scan_forward(
         rows(rewards), rows(values), rows(next_values), rows(bootstrap),
         _setting(rewards, *setting),
@@ -43,7 +43,7 @@ def scan_backward(
     assert grad is not None
     sequences = _sequences(grad, setting[3])
     results = tuple(
-        torch.empty(shape if needed else 0, dtype=grad.dtype)
+        empty(shape if needed else (0,), grad.dtype)
         for needed, shape in zip(needs, (grad.shape,) * 3 + ((sequences,),), strict=True)
     )
     to_rewards, to_values, to_next_values, to_bootstrap = (

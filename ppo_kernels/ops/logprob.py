@@ -303,7 +303,7 @@ _FORWARD = Op(
     function="logprobs_from_logits",
     fake=_fake_forward,
     autograd=_autograd,
-    cpu=lambda *args: cpu.logprob_forward(*args[:-1]),
+    cpu=cpu.logprob_forward,
     triton=triton("logprob", "logprob_forward"),
 )
 _BACKWARD_SCHEMA = (
