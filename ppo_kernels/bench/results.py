@@ -23,7 +23,8 @@ class Row:
 
     Attributes:
         backend: Of ours.
-        isa: The instruction set: of the cpu backend, or else the one torch uses.
+        isa: The instruction set: of the cpu backend, or else the one torch uses (which
+            ATEN_CPU_CAPABILITY lowers), by the same names.
         status: ok; wrong (not timed); failed (it raised); skipped (it cannot run here);
             extrapolated (timed on fewer steps).
         low_ms: First quartile of the samples; high_ms the third.
@@ -248,7 +249,9 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def find(rows: Sequence[Row], like: Row, names: Sequence[str]) -> Row | None:
-    return next((r for r in rows if r.case == like.case and r.implementation in names), None)
+    """One of these implementations in the same case, if possible at the same instruction set."""
+    found = [r for r in rows if r.case == like.case and r.implementation in names]
+    return next((r for r in found if r.isa == like.isa), found[0] if found else None)
 
 
 def ratio_of(other: Row | None, row: Row) -> float | None:

@@ -132,7 +132,7 @@ class Runner:
         def blank(name: str, executor: str = "", **columns: Any) -> Row:
             backend, _, isa = executor.partition(":")
             if device.type == "cpu" and not isa:
-                isa = torch.backends.cpu.get_cpu_capability().lower()
+                isa = _torch_level()
             return Row(**shared, implementation=name, backend=backend, isa=isa, **columns)
 
         rows = {c: blank(c.name, c.executor) for c in contenders}
@@ -416,6 +416,11 @@ def commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def _torch_level() -> str:
+    name = torch.backends.cpu.get_cpu_capability().lower()
+    return "generic" if name in ("default", "no avx") else name
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -83,7 +83,10 @@ def levels(rows: Sequence[Row]) -> str:
         table.append([isa, *counts, f"{number(middle)}x", f"{number(least)}x", case])
     if not speeds:
         return ""
-    return f"How many times longer torch eager takes, out of cache:\n\n{info.markdown(table)}"
+    return (
+        "How many times longer torch eager takes at the same instruction set, out of cache:\n\n"
+        f"{info.markdown(table)}"
+    )
 
 
 def calls(rows: Sequence[Row]) -> str:
