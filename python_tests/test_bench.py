@@ -53,7 +53,7 @@ def test_the_readme_cases_are_measured_by_default():
         (j.benchmark.function, j.benchmark.variant, j.size, j.dtype_name, j.direction)
         for j in cases.SIZES["default"]()
     }
-    assert set(results.HEADLINES) <= measured
+    assert set(summary.HEADLINES) <= measured
     at_8_tokens = {m[0] for m in measured if m[2] in ("1x8", "8x8")}
     assert at_8_tokens == set(cases.FUNCTIONS)
 
