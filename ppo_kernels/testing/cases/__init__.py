@@ -1,0 +1,13 @@
+"""The cases, one module per op family."""
+
+from ..case import Case
+from . import categorical_kl, kl, logprob, losses, moments, scan
+
+CASES: list[Case] = [
+    *logprob.cases(),
+    *categorical_kl.cases(),
+    *losses.cases(),
+    *scan.cases(),
+    *moments.cases(),
+    *kl.cases(),
+]

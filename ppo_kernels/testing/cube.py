@@ -1,0 +1,35 @@
+"""One cell of the cube op x executor x dtype x layout."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from .._op import op_counts, reset_op_counts
+from .case import Case, Inputs
+from .layouts import arrange
+from .running import device_of, executor, run
+from .tolerance import Expected, judge, reference
+
+
+@lru_cache(maxsize=16)  # the executors and layouts of a case and dtype share it
+def _expected(case: Case, dtype: torch.dtype, seed: int) -> tuple[Inputs, Expected]:
+    inputs = case.inputs(torch.Generator().manual_seed(seed))
+    return inputs, reference(case, arrange(arrange(inputs, dtype), torch.float64), dtype)
+
+
+def check(case: Case, name: str, dtype: torch.dtype, layout: str, seed: int = 0) -> None:
+    """Hold one cell of the cube op x executor x dtype x layout to the float64 reference.
+
+    Raises AssertionError naming what differs, or if another kernel than the one asked for ran.
+    """
+    inputs, want = _expected(case, dtype, seed)
+    reset_op_counts()
+    with executor(name) as backend:
+        got, grads = run(case, arrange(inputs, dtype, layout, device_of(name)))
+    ran = op_counts()
+    ops = (case.function,) if backend == "torch" else case.forward + case.backward
+    assert set(ran) == {(op, backend) for op in ops}, f"asked for {ops}, ran {ran}"
+    problem = judge(want, got, grads)
+    assert problem is None, problem
