@@ -473,10 +473,10 @@ def problems(found: dict[str, dict[str, int]], recorded: dict[str, dict[str, int
 
 
 def sources(family: str) -> dict[str, str]:
-    """Hashes of what a family's kernels are made of: its module and the shared ones."""
+    """Hashes of what a family's kernels are made of: its modules and the shared ones."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted([*SOURCES.glob("_*.py"), SOURCES / f"{family}.py"])
+        for path in sorted([*SOURCES.glob("_*.py"), *SOURCES.glob(f"{family}*.py")])
     }
 
 
