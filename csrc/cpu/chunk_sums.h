@@ -15,8 +15,8 @@ constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 
 // n contiguous columns, one of which may be left out as if it were -inf.
 struct Chunk {
-  const void* data;
-  int64_t n, hole;  // hole < 0: none
+  const void* data = nullptr;
+  int64_t n = 0, hole = -1;  // hole < 0: none
 };
 
 // y = (x - reference) gain - less in base 2. With a fused multiply-add x gain is exact, and all
@@ -35,6 +35,11 @@ struct Exponent {
     return (x - reference) * gain - offset;
   }
   bool overflows() const { return !(fabsf(offset) < 0x1p100f); }
+  // What undoes the excess in a sum of powers.
+  double correction() const {
+    const double x = kLn2 * excess;
+    return fabs(x) < 1e-4 ? 1. - x + 0.5 * x * x : exp(-x);
+  }
 };
 
 PPOK_INLINE double total(const vfloat* x) { return sum_lanes((x[0] + x[1]) + (x[2] + x[3])); }
@@ -56,11 +61,10 @@ struct Sums {
       }
     }
   }
-  RowSums result(double max, double excess) const {
-    const double rest = total(sum), x = kLn2 * excess;
+  RowSums result(double max, const Exponent& exponent) const {
+    const double rest = total(sum), common = exponent.correction();
     if (max == -INFINITY) return {max, 0., rest, 0.};  // 0, unless a NaN hid among the -inf
-    const double common = fabs(x) < 1e-4 ? 1. - x + 0.5 * x * x : exp(-x);
-    const double slopes = kEntropy ? kLn2 * (total(slope) - excess * rest) : 0.;
+    const double slopes = kEntropy ? kLn2 * (total(slope) - exponent.excess * rest) : 0.;
     return {max, 0., common * rest, common * slopes};
   }
 };
@@ -119,13 +123,21 @@ struct Steps {
     if (hole >= from && hole < from + count) buffer[hole - from] = Columns::minus_infinity();
     return buffer;
   }
+  PPOK_INLINE const Element* get(int64_t step, Element* buffer) const {
+    return step < full && (hole < 0 || hole / kStep != step) ? at(step) : copied(step, buffer);
+  }
   template <class Body>
   PPOK_INLINE void each(Body&& body) const {
     Element buffer[kStep];
-    for (int64_t s = 0; s < all; ++s)
-      body(s < full && hole / kStep != s ? at(s) : copied(s, buffer));
+    for (int64_t s = 0; s < all; ++s) body(get(s, buffer));
   }
 };
+
+template <class Element>
+PPOK_INLINE void prefetch_step(const Element* p) {
+  for (size_t line = 0; line < kStep * sizeof *p; line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetch + line);
+}
 
 template <class Columns>
 inline RowSums careful_sums(const Chunk& chunk, float max, double c) {
@@ -156,16 +168,12 @@ inline RowSums sum_chunk(const Chunk& now, float max, double c, const Chunk& nex
     for (int k = 0; k < kWays; k += 2) Columns::load_two_keys(p + k * kLanes, x + k);
     top.add(x);
   };
-  const auto prefetch = [&](const auto* p) __attribute__((always_inline)) {
-    for (size_t line = 0; line < kStep * sizeof *p; line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetch + line);
-  };
   for (int64_t s = 0; s < a.all || s < b.all;) {
     const bool in_now = s < a.all, in_next = s < b.all;
     const int64_t end_now = a.plain_until(s), end_next = b.plain_until(s);
     if (in_now && in_next && end_now > s && end_next > s) {
       for (const int64_t end = end_now < end_next ? end_now : end_next; s < end; ++s) {
-        prefetch(b.at(s));
+        prefetch_step(b.at(s));
         add_top(b.at(s));
         add_sums(a.at(s));
       }
@@ -182,7 +190,7 @@ inline RowSums sum_chunk(const Chunk& now, float max, double c, const Chunk& nex
   }
   *max_next = Columns::from_key(top.result());
   if (exponent.overflows() && now.n) return careful_sums<Columns>(now, max, c);
-  return sums.result(max, exponent.excess);
+  return sums.result(max, exponent);
 }
 
 // fp64: plainly, and always with care.

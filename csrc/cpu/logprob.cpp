@@ -1,26 +1,16 @@
 // Log-probability of one token per row of logits, with entropy, and its gradient.
 //
-// A row is cut into chunks from column 0 on; each chunk is summed against its own maximum,
-// and the chunks are merged in order, in double. Cuts and order depend on the vocabulary and the
-// dtype alone, so a row's bits do not depend on the batch, the thread count, or on whether chunks
-// or whole rows are shared out.
-//
-// The maximum of the next chunk is found while this one is summed: a chunk is in the first-level
-// cache when its turn comes, and memory is read at an even pace.
+// Each chunk of a row is summed against its own maximum, and the chunks are merged in order, in
+// double.
 #include "math/logprob.h"
 
-#include <stdlib.h>
-
 #include "cpu/chunk_sums.h"
+#include "cpu/rows.h"
 #include "kernels.h"
 
 namespace ppok {
 namespace PPOK_ISA {
 namespace {
-
-constexpr int64_t kBackwardChunk = 4096, kTile = 1024;  // elementwise: three tiles fit the cache
-constexpr int64_t kWorthThreads =
-    1 << 16;  // elements below which waking the other threads costs more
 
 // ---- logits to u: the transforms before the temperature ---------------------------------------
 
@@ -93,11 +83,8 @@ struct Row {
     }
     kind = kLive;
   }
+  bool live() const { return kind == kLive; }
 };
-
-PPOK_INLINE const char* column(const View& logits, int64_t row, int64_t col, int64_t v) {
-  return address(logits, row, col) + v * logits.stride[2] * element_size(logits.dtype);
-}
 
 template <class T, class Args>
 inline T target_logit(const Args& a, const Row<Args>& r) {
@@ -107,11 +94,6 @@ inline T target_logit(const Args& a, const Row<Args>& r) {
   return u;
 }
 
-template <class T>
-PPOK_INLINE T* at(const View& contiguous, int64_t i) {
-  return static_cast<T*>(contiguous.data) + i;
-}
-
 void keep_first(Fault& first, int32_t kind, int64_t where) {
 #pragma omp critical(ppok_fault)
   if (first.kind == kNoFault || where < first.where) first = {kind, where};
@@ -119,29 +101,20 @@ void keep_first(Fault& first, int32_t kind, int64_t where) {
 
 // ---- forward ----------------------------------------------------------------------------------
 
-// The chunks of one row, merged as they come; the one with the row's maximum is kept apart.
-struct RowInParts {
-  RowSums rest = empty_row(), top = empty_row();
-  int64_t top_index = 0;
-  void add(int64_t index, const RowSums& sums, double c) {
-    if (sums.max > top.max) {
-      rest = merge(rest, top, c);
-      top = sums;
-      top_index = index;
-    } else {
-      rest = merge(rest, sums, c);
-    }
-  }
-};
-
 template <class T, class Columns, bool kEntropy>
 struct Forward {
   static constexpr int64_t kChunk = kChunkBytes / sizeof(typename Columns::Element);
-  const LogprobForward& a;
-  const int64_t chunks = (a.vocab + kChunk - 1) / kChunk;
+  static constexpr int64_t kBuffer = kChunk;
   using Element = typename Columns::Element;
   using Position = Row<LogprobForward>;
+  using Piece = Chunk;
+  using Sums = RowSums;
+  using Top = T;
+  const LogprobForward& a;
+  Fault& first;
+  const int64_t chunks = (a.vocab + kChunk - 1) / kChunk;
 
+  Position row(int64_t i) const { return Position(a, i); }
   double scale(const Position& r) const {
     return Transform<LogprobForward>{a}.scale(r.temperature);
   }
@@ -149,51 +122,19 @@ struct Forward {
   // Chunk k of u without the target; in `buffer` where the logits themselves will not do.
   Chunk chunk(const Position& r, int64_t k, Element* buffer) const {
     const int64_t from = k * kChunk, n = a.vocab - from < kChunk ? a.vocab - from : kChunk;
-    const int64_t stride = a.logits.stride[2];
-    const void* data = column(a.logits, r.row, r.col, from);
-    if constexpr (Columns::kType == DTypeOf<T>::value) {
-      const T* u = read_run(data, a.logits.dtype, stride, n, buffer);
+    const Element* u = columns_of_row<Columns>(a.logits, r.row, r.col, from, n, buffer);
+    if constexpr (Columns::kType == DTypeOf<T>::value)
       if (a.softcap > 0.) {
         if (u != buffer) memcpy(buffer, u, n * sizeof(T));
         Transform<LogprobForward>{a}.cap(buffer, n);
         u = buffer;
       }
-      data = u;
-    } else if (stride != 1) {
-      for (int64_t j = 0; j < n; ++j) buffer[j] = static_cast<const Element*>(data)[j * stride];
-      data = buffer;
-    }
     const bool holds_target = r.token >= from && r.token < from + n;
-    return {data, n, holds_target ? r.token - from : -1};
+    return {u, n, holds_target ? r.token - from : -1};
   }
 
-  // emit(task, row, sums) for every chunk of a live row among tasks row * chunks + chunk.
-  template <class Emit>
-  void sweep(int64_t begin, int64_t end, Emit&& emit) const {
-    alignas(64) Element buffers[2][kChunk];
-    struct Piece {
-      int64_t task;
-      Position row;
-      Chunk chunk;
-    };
-    const auto seek = [&](Position row, int64_t task, Element* buffer) {
-      for (; task < end; task = (task / chunks + 1) * chunks) {
-        if (row.position != task / chunks) row = Position(a, task / chunks);
-        if (row.kind == kLive) return Piece{task, row, chunk(row, task % chunks, buffer)};
-      }
-      return Piece{end, row, {nullptr, 0, -1}};
-    };
-    const Chunk nothing{nullptr, 0, -1};
-    Piece now = seek(Position(a, begin / chunks), begin, buffers[0]);
-    T max, max_next;
-    sum_chunk<Columns, kEntropy>(nothing, T(0), 1., now.chunk, &max);
-    for (int turn = 1; now.task < end; turn ^= 1) {
-      const Piece next = seek(now.row, now.task + 1, buffers[turn]);
-      emit(now.task, now.row,
-           sum_chunk<Columns, kEntropy>(now.chunk, max, scale(now.row), next.chunk, &max_next));
-      now = next;
-      max = max_next;
-    }
+  RowSums sum(const Position& r, const Chunk& now, T max, const Chunk& next, T* max_next) const {
+    return sum_chunk<Columns, kEntropy>(now, max, scale(r), next, max_next);
   }
 
   void write(int64_t i, const RowResult& result) const {
@@ -205,7 +146,8 @@ struct Forward {
     state[2] = static_cast<T>(result.mean);
   }
 
-  void finish_row(const Position& r, RowInParts& parts) const {
+  RowSums empty() const { return empty_row(); }
+  void finish_row(const Position& r, RowInParts<RowSums>& parts) const {
     const double c = scale(r);
     RowSums others = merge(parts.rest, parts.top, c);
     // One token holds most of the mass: what the others add to it must not be rounded away.
@@ -218,51 +160,10 @@ struct Forward {
       }
     write(r.position, finish(others, target_logit<T>(a, r), c));
   }
-
-  Fault run() const {
-    const int64_t rows = a.rows * a.cols;
-    const int threads = rows * a.vocab < kWorthThreads ? 1 : static_cast<int>(a.threads);
-    Fault first{kNoFault, 0};
-    if (rows == 0) return first;
-    RowSums* shared = nullptr;  // few long rows: their chunks are shared out instead
-    if (threads > 1 && rows < 2 * threads && chunks > 1)
-      shared = static_cast<RowSums*>(malloc(rows * chunks * sizeof(RowSums)));
-    if (shared) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-      for (int part = 0; part < threads; ++part)
-        sweep(rows * chunks * part / threads, rows * chunks * (part + 1) / threads,
-              [&](int64_t task, const Position&, const RowSums& sums) { shared[task] = sums; });
-    }
-    // More parts than threads: masked rows cost nothing, and threads may be held up.
-    const int64_t parts = threads == 1 || shared ? 1 : rows < 16 * threads ? rows : 16 * threads;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (parts > 1)
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
-      for (int64_t i = begin; i < end; ++i) {
-        const Position r(a, i);
-        if (r.kind == kLive) {
-          if (!shared) continue;
-          RowInParts row;
-          for (int64_t k = 0; k < chunks; ++k) row.add(k, shared[i * chunks + k], scale(r));
-          finish_row(r, row);
-        } else {
-          const double fill = r.kind == kFaulty ? NAN : 0.;
-          write(i, {fill, fill, fill, fill, fill});
-          if (r.kind == kFaulty) keep_first(first, r.fault, i);
-        }
-      }
-      if (shared) continue;
-      RowInParts row;
-      sweep(begin * chunks, end * chunks,
-            [&](int64_t task, const Position& r, const RowSums& sums) {
-              row.add(task % chunks, sums, scale(r));
-              if (task % chunks < chunks - 1) return;
-              finish_row(r, row);
-              row = {};
-            });
-    }
-    free(shared);
-    return first;
+  void skip_row(const Position& r) const {
+    const double fill = r.kind == kFaulty ? NAN : 0.;
+    write(r.position, {fill, fill, fill, fill, fill});
+    if (r.kind == kFaulty) keep_first(first, r.fault, r.position);
   }
 };
 
@@ -351,7 +252,7 @@ inline void gradient_tile(const LogprobBackward& a, const Row<LogprobBackward>& 
   const Transform<LogprobBackward> transform{a};
   const double c = transform.scale(r.temperature);
   const View& out = a.grad_logits;
-  void* destination = const_cast<char*>(column(out, r.row, r.col, from));
+  void* destination = column(out, r.row, r.col, from);
   T* grad = write_target(destination, out.dtype, out.stride[2], out_buffer);
 
   const T* raw = read_run(column(a.logits, r.row, r.col, from), a.logits.dtype, a.logits.stride[2],
@@ -386,8 +287,7 @@ inline void gradient_direct(const LogprobBackward& a, const Row<LogprobBackward>
   using Element = typename Columns::Element;
   alignas(64) Element buffer[kTile];
   const auto* u = reinterpret_cast<const Element*>(column(a.logits, r.row, r.col, from));
-  auto* to =
-      reinterpret_cast<Element*>(const_cast<char*>(column(a.grad_logits, r.row, r.col, from)));
+  auto* to = reinterpret_cast<Element*>(column(a.grad_logits, r.row, r.col, from));
   Element* made = stream ? buffer : to;
   const bool holds_target = r.token >= from && r.token < from + n;
   float target = 0.f;
@@ -400,42 +300,21 @@ inline void gradient_direct(const LogprobBackward& a, const Row<LogprobBackward>
   if (stream) stream_out(to, made, n * sizeof(Element));
 }
 
-inline void zero_columns(const View& out, int64_t row, int64_t col, int64_t from, int64_t n) {
-  char* destination = const_cast<char*>(column(out, row, col, from));
-  const int64_t size = element_size(out.dtype);
-  if (out.stride[2] == 1)
-    memset(destination, 0, n * size);
-  else
-    for (int64_t j = 0; j < n; ++j) memset(destination + j * out.stride[2] * size, 0, size);
-}
-
-constexpr int64_t kStreamBytes = 32 << 20;  // a gradient no cache would hold until it is read
-
 // tile(row, upstream, from, n) makes a part of a live row's gradient.
 template <class Tile>
 void backward(const LogprobBackward& a, Tile&& tile) {
-  const int64_t chunks = (a.vocab + kBackwardChunk - 1) / kBackwardChunk;
-  const int64_t tasks = a.rows * a.cols * chunks;
-  const int threads = a.rows * a.cols * a.vocab < kWorthThreads ? 1 : static_cast<int>(a.threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-#pragma omp for schedule(dynamic, 16)
-    for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t from = task % chunks * kBackwardChunk;
-      const int64_t n = a.vocab - from < kBackwardChunk ? a.vocab - from : kBackwardChunk;
-      const Row<LogprobBackward> r(a, task / chunks);
-      Upstream g{0., 0.};
-      if (r.kind == kLive && a.grad_logprobs.data)
-        g.logprob = read_one<double>(a.grad_logprobs, r.row, r.col);
-      if (r.kind == kLive && a.grad_entropy.data)
-        g.entropy = read_one<double>(a.grad_entropy, r.row, r.col);
-      if (g.logprob == 0. && g.entropy == 0.)  // nothing asked of this row: its logits are not read
-        zero_columns(a.grad_logits, r.row, r.col, from, n);
-      else
-        tile(r, g, from, n);
-    }
-    stream_end();
-  }
+  for_parts_of_rows(a.rows * a.cols, a.vocab, a.threads, [&](int64_t i, int64_t from, int64_t n) {
+    const Row<LogprobBackward> r(a, i);
+    Upstream g{0., 0.};
+    if (r.kind == kLive && a.grad_logprobs.data)
+      g.logprob = read_one<double>(a.grad_logprobs, r.row, r.col);
+    if (r.kind == kLive && a.grad_entropy.data)
+      g.entropy = read_one<double>(a.grad_entropy, r.row, r.col);
+    if (g.logprob == 0. && g.entropy == 0.)  // nothing asked of this row: it is not read
+      zero_columns(a.grad_logits, r.row, r.col, from, n);
+    else
+      tile(r, g, from, n);
+  });
 }
 
 template <class T>
@@ -473,7 +352,12 @@ Fault logprob_forward(const LogprobForward& a) {
   const auto run = [&](auto columns, auto zero) {
     using T = decltype(zero);
     using C = decltype(columns);
-    return entropy ? Forward<T, C, true>{a}.run() : Forward<T, C, false>{a}.run();
+    Fault first{kNoFault, 0};
+    if (entropy)
+      sum_rows(Forward<T, C, true>{a, first}, a.rows * a.cols, a.vocab, a.threads);
+    else
+      sum_rows(Forward<T, C, false>{a, first}, a.rows * a.cols, a.vocab, a.threads);
+    return first;
   };
   if (a.logits.dtype == kF64) return run(Columns<kF64>{}, 0.);
   if (a.logits.dtype == kBF16 && a.softcap == 0.) return run(Columns<kBF16>{}, 0.f);

@@ -32,6 +32,8 @@ PPOK_HD inline RowSums merge(const RowSums& a, const RowSums& b, double c) {
           high.slope + weight * (low.slope + gap * mass)};
 }
 
+PPOK_HD inline double highest(const RowSums& sums) { return sums.max; }
+
 struct RowResult {
   double logprob, entropy;
   double max, log_sum, mean;  // of the whole row: what backward needs; mean = E[(u - max) c]
