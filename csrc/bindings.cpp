@@ -118,6 +118,10 @@ PYBIND11_MODULE(_C, m) {
                                                                      &KernelTable::kl_forward);
   def<KlBackward, View, View, View, View, i64, i64, i64, double, View, i64>(
       m, "kl_backward", &KernelTable::kl_backward);
+  def<CategoricalKlForward, View, View, View, i64, i64, i64, double, View, View, i64>(
+      m, "categorical_kl_forward", &KernelTable::categorical_kl_forward);
+  def<CategoricalKlBackward, View, View, View, View, View, View, i64, i64, i64, bool, double, View,
+      i64>(m, "categorical_kl_backward", &KernelTable::categorical_kl_backward);
   def<ShapeRewards, View, View, View, View, View, i64, i64, i64, i64, double, double, View, View,
       View, i64>(m, "shape_rewards", &KernelTable::shape_rewards);
 }

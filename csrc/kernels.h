@@ -161,6 +161,25 @@ struct KlBackward {
   int64_t threads;
 };
 
+// KL(first || second) of [rows, cols, vocab] logits.
+struct CategoricalKlForward {
+  View first, second, mask;
+  int64_t rows, cols, vocab;
+  double temperature;
+  View kl;
+  View state;  // [rows, cols, 4]: maximum and log of the sum, of first and of second
+  int64_t threads;
+};
+
+struct CategoricalKlBackward {
+  View grad_kl, first, second, mask, kl, state;
+  int64_t rows, cols, vocab;
+  bool of_second;  // the gradient is for second
+  double temperature;
+  View grad;
+  int64_t threads;
+};
+
 struct ShapeRewards {
   View scores, logprobs, ref_logprobs, mask,
       cu_seqlens;  // cu_seqlens absent: each row is a sequence
@@ -171,20 +190,22 @@ struct ShapeRewards {
 };
 
 // The list every table, declaration and binding is generated from.
-#define PPOK_KERNELS(X)                \
-  X(logprob_forward, LogprobForward)   \
-  X(logprob_backward, LogprobBackward) \
-  X(scan_forward, ScanForward)         \
-  X(scan_backward, ScanBackward)       \
-  X(clipped_loss, ClippedLoss)         \
-  X(value_loss, ValueLoss)             \
-  X(scale_gradient, ScaleGradient)     \
-  X(masked_reduce, MaskedReduce)       \
-  X(moments, MomentsForward)           \
-  X(whiten, WhitenForward)             \
-  X(whiten_backward, WhitenBackward)   \
-  X(kl_forward, KlForward)             \
-  X(kl_backward, KlBackward)           \
+#define PPOK_KERNELS(X)                             \
+  X(logprob_forward, LogprobForward)                \
+  X(logprob_backward, LogprobBackward)              \
+  X(scan_forward, ScanForward)                      \
+  X(scan_backward, ScanBackward)                    \
+  X(clipped_loss, ClippedLoss)                      \
+  X(value_loss, ValueLoss)                          \
+  X(scale_gradient, ScaleGradient)                  \
+  X(masked_reduce, MaskedReduce)                    \
+  X(moments, MomentsForward)                        \
+  X(whiten, WhitenForward)                          \
+  X(whiten_backward, WhitenBackward)                \
+  X(kl_forward, KlForward)                          \
+  X(kl_backward, KlBackward)                        \
+  X(categorical_kl_forward, CategoricalKlForward)   \
+  X(categorical_kl_backward, CategoricalKlBackward) \
   X(shape_rewards, ShapeRewards)
 
 struct KernelTable {

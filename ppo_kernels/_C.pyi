@@ -200,6 +200,35 @@ def kl_backward(
     threads: int,
     /,
 ) -> Fault: ...
+def categorical_kl_forward(
+    first: View,
+    second: View,
+    mask: View,
+    rows: int,
+    cols: int,
+    vocab: int,
+    temperature: float,
+    kl: View,
+    state: View,
+    threads: int,
+    /,
+) -> Fault: ...
+def categorical_kl_backward(
+    grad_kl: View,
+    first: View,
+    second: View,
+    mask: View,
+    kl: View,
+    state: View,
+    rows: int,
+    cols: int,
+    vocab: int,
+    of_second: bool,
+    temperature: float,
+    grad: View,
+    threads: int,
+    /,
+) -> Fault: ...
 def shape_rewards(
     scores: View,
     logprobs: View,

@@ -132,6 +132,58 @@ def test_logits_near_a_thousand(name, reverse):
     torch.testing.assert_close(*grads, rtol=2e-6, atol=1e-8)
 
 
+@NAMES
+@BOTH
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_lowest_float_masks_as_minus_infinity_does(name, reverse, temperature):
+    """Differences from it overflow when they are scaled."""
+    lowest = torch.finfo(torch.float32).min
+    rows = example(3, 5000)
+    rows[0][:, ::3] = lowest
+    rows[1][1, ::3] = lowest  # in the second distribution too: elsewhere only p underflows
+    infinite = [x.where(x > lowest, -torch.inf) for x in rows]
+    pairs = [pair[::-1] if reverse else pair for pair in (rows, infinite)]
+    more = {"reverse": reverse, "temperature": temperature}
+    with executor(name):
+        (kl, same_kl), (grad, same_grad) = (
+            [call(*pair, **more) for pair in pairs] for call in (pk.categorical_kl, gradient)
+        )
+    assert kl.isfinite().all()
+    torch.testing.assert_close(kl, same_kl, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad, same_grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@BOTH
+def test_a_token_forbidden_by_the_lowest_float(name, reverse):
+    """A divergence of 1e37, that is; sums of its terms overflow."""
+    logits, ref = example(1, 5000)
+    (logits if reverse else ref)[:, ::3] = torch.finfo(torch.float32).min
+    with executor(name):
+        kl = pk.categorical_kl(logits, ref, reverse=reverse, temperature=2.0)
+    exact = pk.categorical_kl(
+        logits.double(), ref.double(), reverse=reverse, temperature=2.0, backend="torch"
+    )
+    torch.testing.assert_close(kl.double(), exact, rtol=2e-6, atol=0)
+
+
+@NAMES
+@BOTH
+def test_logits_near_the_largest_float(name, reverse):
+    first, second = (torch.full((2, 5000), -3e38) for _ in range(2))
+    first[:, [4500, 4501]] = 3e38
+    second[:, [4500, 4501]] = second[0, 7] = 3e38
+    rows = (second, first) if reverse else (first, second)
+    with executor(name):
+        kl = pk.categorical_kl(*rows, reverse=reverse, temperature=0.5)
+        grad = gradient(*rows, reverse=reverse, temperature=0.5)
+    torch.testing.assert_close(kl, torch.tensor([math.log(1.5), 0.0]), rtol=1e-6, atol=0)
+    slope = torch.zeros(2, 5000)
+    if reverse:  # (p - q) / temperature
+        slope[0, [7, 4500, 4501]] = torch.tensor([2 / 3, -1 / 3, -1 / 3])
+    torch.testing.assert_close(grad, slope, rtol=1e-6, atol=1e-6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 @NAMES
@@ -224,17 +276,68 @@ def test_rows_nobody_asks_about_are_not_read(name):
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_of_a_row_depend_on_nothing_but_the_row(name, reverse, dtype):
-    logits, ref = example(5, 3007, dtype=dtype)
+    logits, ref = example(5, 10007, dtype=dtype)
+    logits[1, :5000] = -torch.inf  # chunks without a maximum
+    logits[2, 9000], ref[2, 9000] = 60.0, 62.0
     with executor(name):
-        whole = pk.categorical_kl(logits, ref, reverse=reverse)
-        grad = gradient(logits, ref, reverse=reverse)
+
+        def both(x, r):
+            return pk.categorical_kl(x, r, reverse=reverse), gradient(x, r, reverse=reverse)
+
+        def same(x, r, rows=slice(None)):
+            kl, grad = both(x, r)
+            torch.testing.assert_close(kl, expected[0][rows], rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(grad, expected[1][rows], rtol=0, atol=0, equal_nan=True)
+
+        expected = both(logits, ref)
         for layout in LAYOUTS.values():
-            x, r = layout(logits), layout(ref)
-            assert torch.equal(pk.categorical_kl(x, r, reverse=reverse), whole)
-            assert torch.equal(gradient(x, r, reverse=reverse), grad)
+            same(layout(logits), layout(ref))
+            same(logits, layout(ref))
+        for offset in range(16):
+            buffer = torch.empty(logits.numel() + offset, dtype=dtype)
+            same(buffer[offset:].view(logits.shape).copy_(logits)[:2], ref[:2], slice(2))
         for i in range(5):
-            assert torch.equal(pk.categorical_kl(logits[i], ref[i], reverse=reverse), whole[i])
-            assert torch.equal(gradient(logits[i], ref[i], reverse=reverse), grad[i])
+            same(logits[i], ref[i], i)
+        threads = torch.get_num_threads()
+        try:
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                same(logits, ref)
+                same(logits[2:3].expand(30, -1), ref[2:3].expand(30, -1), [2] * 30)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", [e for e in COMPILED if e.startswith("cpu")])
+@BOTH
+def test_bits_of_one_row_do_not_depend_on_the_threads(name, reverse):
+    """It is long enough that its chunks are shared out."""
+    logits, ref = example(1, 150001)
+    logits[0, 70000], ref[0, 70000] = 60.0, 62.0
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3, 7):
+            torch.set_num_threads(n)
+            with executor(name):
+                results.append(pk.categorical_kl(logits, ref, reverse=reverse).item())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(results)) == 1
+
+
+@pytest.mark.parametrize("name", [e for e in COMPILED if e.startswith("cpu")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_larger_than_the_cache_has_the_same_bits(name, dtype):
+    """It is streamed past the cache, from rows that begin anywhere in a line."""
+    vocab = 10007
+    rows = (36 << 20) // (dtype.itemsize * vocab)
+    logits, ref = example(7, vocab, dtype=dtype)
+    many = torch.arange(rows) % 7
+    with executor(name):
+        small = gradient(logits, ref)
+        large = gradient(logits[many], ref[many])
+    assert torch.equal(large, small[many])
 
 
 @pytest.mark.parametrize("name", COMPILED)

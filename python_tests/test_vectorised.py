@@ -35,9 +35,12 @@ class Loop(NamedTuple):
 
 
 FUSED, WIDENED = r"vfn?m(add|sub)\d+p[sd]", r"vcvtps2pd"
+LOOK_UP, STORED = r"vperm(d|[it]2d)", r"vmovup[sd] %\wmm\d+,.*\("
 LOOPS = [
-    Loop("logprob", "sums of a chunk", {r"vperm(d|[it]2d)": 4, FUSED: 12, r"vmaxps": 4}),
-    Loop("logprob", "gradient", {r"vperm(d|[it]2d)": 1, FUSED: 3, r"vmovup[sd] %\wmm\d+,.*\(": 1}),
+    Loop("logprob", "sums of a chunk", {LOOK_UP: 4, FUSED: 12, r"vmaxps": 4}),
+    Loop("logprob", "gradient", {LOOK_UP: 1, FUSED: 3, STORED: 1}),
+    Loop("categorical_kl", "sums of two chunks", {LOOK_UP: 8, FUSED: 36, r"vmaxps": 20}),
+    Loop("categorical_kl", "gradient of the second", {LOOK_UP: 4, FUSED: 25, STORED: 2}),
     Loop("losses", "clipped loss", {FUSED: 15, WIDENED: 4, r"vmaxps": 2}),
     Loop("kl", "k3", {FUSED: 5}),
     Loop("scan", "blocks", {FUSED: 3, r"valignq|vperm(pd|2f128)|vblendpd": 2}, scalars=True),

@@ -456,6 +456,7 @@ PPOK_INLINE double sum_lanes(vdouble x) {
 #endif
 }
 
+PPOK_INLINE double sum_lanes(double x) { return x; }
 PPOK_INLINE double sum_lanes(vfloat x) { return sum_lanes(widen_low(x) + widen_high(x)); }
 
 PPOK_INLINE float max_lanes(vfloat x) {

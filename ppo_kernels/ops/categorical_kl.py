@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
+from ..cpu import categorical_kl as cpu
 from ..triton import kernel as triton
 
 
@@ -142,6 +143,7 @@ _FORWARD = Op(
     function="categorical_kl",
     fake=_fake_forward,
     autograd=_autograd,
+    cpu=cpu.categorical_kl_forward,
     triton=triton("categorical_kl", "categorical_kl_forward"),
 )
 _BACKWARD = Op(
@@ -150,5 +152,6 @@ _BACKWARD = Op(
     f"{_SETTINGS}) -> Tensor",
     function="categorical_kl",
     fake=lambda grad_kl, logits, *args: logits.new_empty(logits.shape),
+    cpu=cpu.categorical_kl_backward,
     triton=triton("categorical_kl", "categorical_kl_backward"),
 )
