@@ -158,31 +158,39 @@ def _moments() -> Iterator[Launch]:
 
 def _categorical_kl() -> Iterator[Launch]:
     def launch(
-        dtype: torch.dtype, vocab: int, reverse: bool = False, layout: str = "", mask: bool = False
+        dtype: torch.dtype,
+        vocab: int,
+        reverse: bool = False,
+        layout: str = "",
+        mask: bool = False,
+        rows: int = 1024,
     ) -> Launch:
         def call() -> None:
-            rows = meta(8, 129, vocab, dtype=dtype)[:, :-1]
+            logits = meta(8, rows // 8 + 1, vocab, dtype=dtype)[:, :-1]
             if layout != "shifted":
-                rows = meta(8, 128, vocab, dtype=dtype)
-            live = meta(8, 128, dtype=torch.bool) if mask else None
-            leaf = rows.detach().requires_grad_()
+                logits = meta(8, rows // 8, vocab, dtype=dtype)
+            live = meta(8, rows // 8, dtype=torch.bool) if mask else None
+            leaf = logits.detach().requires_grad_()
             backward(
                 pk.categorical_kl(
-                    leaf, torch.empty_like(rows), reverse=reverse, mask=live, backend="triton"
+                    leaf, torch.empty_like(logits), reverse=reverse, mask=live, backend="triton"
                 )
             )
 
-        words = [str(dtype).removeprefix("torch."), f"V={vocab}", layout]
+        words = [str(dtype).removeprefix("torch."), f"V={vocab}", f"rows={rows}", layout]
         words += ["reverse" * reverse, "masked" * mask]
         quick = (dtype, vocab, reverse) == (torch.bfloat16, 151936, True)
         # Two rows of 8 halves for each of 256 lanes would take too many registers elsewhere.
-        wide = vocab == 151936 and not layout and dtype != torch.bfloat16
+        wide = vocab == 151936 and not layout and dtype.itemsize > 2
         return Launch("categorical_kl", " ".join(filter(None, words)), call, quick, wide)
 
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         for vocab in (200, 50257, 151936):
             for reverse in (False, True):
                 yield launch(dtype, vocab, reverse)
+        yield launch(dtype, 151936, rows=8)
+    yield launch(torch.bfloat16, 151936, True, rows=8)
+    yield launch(torch.bfloat16, 151936, False, "", True, rows=8)
     yield launch(torch.bfloat16, 32000, False, "shifted", True)
 
 
@@ -317,13 +325,14 @@ def _scan() -> Iterator[Launch]:
             )
         )
 
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         name = str(dtype).removeprefix("torch.")
         yield Launch("scan", f"{name} [64, 4096]", partial(plain, dtype, 64, 4096))
+        for convention, packed in (("carry", True), ("truncate", False)):
+            label = f"{name} {'packed' if packed else 'padded'} {convention} everything"
+            call = partial(everything, dtype, convention, packed)
+            yield Launch("scan", label, call, dtype == torch.float32)
     yield Launch("scan", "float32 packed returns", partial(returns, torch.float32, 2**16))
-    for convention, packed in (("carry", True), ("truncate", False)):
-        label = f"float32 {'packed' if packed else 'padded'} {convention} everything"
-        yield Launch("scan", label, partial(everything, torch.float32, convention, packed), True)
     yield Launch("scan", "float32 [1, 2^24]", partial(plain, torch.float32, 1, 2**24))
 
 

@@ -13,7 +13,7 @@ from ppo_kernels.testing import device_of, executors
 if "triton" not in executors("logprobs_from_logits"):
     pytest.skip("triton runs neither on a GPU nor interpreted", allow_module_level=True)
 
-from ppo_kernels.triton import _configs, _launch, logprob
+from ppo_kernels.triton import _configs, _launch, categorical_kl, logprob
 
 DEVICE = device_of("triton")
 
@@ -85,6 +85,74 @@ def test_several_segments_of_the_real_size(monkeypatch):
     )
     torch.testing.assert_close(few[0].double().cpu(), exact.logprobs, rtol=1e-6, atol=0)
     torch.testing.assert_close(few[1].double().cpu(), exact.entropy, rtol=1e-6, atol=0)
+
+
+def divergences(logits, ref, **more):
+    """Values and gradients in both directions."""
+    found = []
+    for reverse in (False, True):
+        leaf = logits.detach().requires_grad_()
+        kl = pk.categorical_kl(leaf, ref, reverse=reverse, backend="triton", **more)
+        (grad,) = torch.autograd.grad(kl, leaf, torch.ones_like(kl))
+        found += [kl.detach(), grad]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("vocab", [65, 1000])
+def test_few_rows_of_divergences_give_the_bits_of_many(monkeypatch, dtype, vocab):
+    """Tiny segments: empty ones in both rows, maxima of the two in different ones, equal rows."""
+    tiny = _configs.Table((), _configs.Config(16, 1, 64))
+    monkeypatch.setattr(_configs, "KL_FORWARD", tiny)
+    monkeypatch.setattr(_configs, "KL_FORWARD_FP64", tiny)
+    logits, ref = example(6, vocab, dtype=dtype)[0], example(6, vocab, dtype=dtype, seed=1)[0]
+    logits[1, :64] = ref[1, :64] = -torch.inf
+    logits[2, 3], logits[2, -1], ref[2, 3], ref[2, -1] = 30.0, 20.0, 20.0, 30.0
+    ref[3] = logits[3]
+    logits[4] = torch.nan
+    mask = torch.tensor([1, 1, 1, 1, 0, 1], device=DEVICE)
+    names = launched(monkeypatch, categorical_kl)
+    few = divergences(logits, ref, mask=mask)
+    assert names == ["segments_kernel", "merge_kernel", "backward_kernel"] * 2
+    monkeypatch.setattr(categorical_kl, "processors", lambda device: 1)
+    del names[:]
+    many = divergences(logits, ref, mask=mask)
+    assert names == ["forward_kernel", "backward_kernel"] * 2
+    assert equal(few, many)
+    for kl in few[::2]:
+        assert kl[3] == 0
+        assert kl[4] == 0
+        assert kl[2] == pytest.approx(10.0, abs=0.01)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_token_forbidden_in_one_segment(monkeypatch, reverse):
+    """Its probability underflows, there and once more against the maximum of the row."""
+    tiny = _configs.Table((), _configs.Config(16, 1, 64))
+    monkeypatch.setattr(_configs, "KL_FORWARD", tiny)
+    logits, ref = example(2, 300)[0], example(2, 300, seed=1)[0]
+    first, second = (ref, logits) if reverse else (logits, ref)
+    first[0, 70], first[0, 71], first[0, 290] = -900.0, 0.0, 500.0
+    second[0, 70] = -torch.inf
+    few = divergences(logits, ref)[2 * reverse]
+    assert few[0] == torch.inf
+    assert few[1].isfinite()
+    monkeypatch.setattr(categorical_kl, "processors", lambda device: 1)
+    assert torch.equal(divergences(logits, ref)[2 * reverse], few)
+
+
+def test_several_segments_of_divergences_of_the_real_size(monkeypatch):
+    logits, ref = example(2, 70001)[0], example(2, 70001, seed=1)[0]
+    names = launched(monkeypatch, categorical_kl)
+    few = divergences(logits, ref, temperature=1.5)
+    assert "merge_kernel" in names
+    monkeypatch.setattr(categorical_kl, "processors", lambda device: 1)
+    assert equal(divergences(logits, ref, temperature=1.5), few)
+    for reverse in (False, True):
+        exact = pk.categorical_kl(
+            logits.double(), ref.double(), reverse=reverse, temperature=1.5, backend="torch"
+        )
+        torch.testing.assert_close(few[2 * reverse].double(), exact, rtol=1e-6, atol=0)
 
 
 def test_classes_are_whole_blocks():

@@ -45,9 +45,6 @@ inline T reference(T max) {
   return max == -INFINITY ? T(0) : max;
 }
 
-// A token that b alone forbids gives inf, or 0 * inf where its probability underflows.
-inline double slope_or_infinity(double slope) { return slope == slope ? slope : INFINITY; }
-
 // What two chunks add up to, in vectors. Where u is -inf the weight is 0 and the difference (-inf,
 // or NaN where v is -inf too) becomes finite; where v alone is -inf it is +inf.
 struct PairVectors {
@@ -79,30 +76,30 @@ PPOK_INLINE vfloat power_of_2(vfloat y) {
 }
 PPOK_INLINE double power_of_2(double y) { return exp2(y); }
 
-// The same for any finite logits, with elements equal to the maximum counted apart. Differences are
-// of a quarter of the logits, as they are: where -3e38 takes the place of -inf, others overflow.
+// The same for any finite logits, with elements equal to the maximum counted apart. Where -3e38
+// takes the place of -inf, differences of logits overflow, and their sums; of logits times 2^-24
+// they do not. A token that b alone forbids gives inf, or 0 * inf where its probability underflows.
 template <class T>
 struct CarefulPair {
   using V = typename Lanes<T>::V;
   const Tops<T> top;
   const double c;
-  V a_equal{}, a_rest{}, b_equal{}, b_rest{};
-  Sum<T> slope{};
+  V a_equal{}, a_rest{}, b_equal{}, b_rest{}, slope{};
   PPOK_INLINE void add(V u, V v) {
-    const T gain = static_cast<T>(4. * kLog2E * c), quarter = T(0.25);
-    const V da = u * quarter - reference(top.a) * quarter;
-    const V db = v * quarter - reference(top.b) * quarter;
+    const T small = T(0x1p-24), gain = static_cast<T>(0x1p24 * kLog2E * c);
+    const V da = u * small - reference(top.a) * small, db = v * small - reference(top.b) * small;
     const V p = power_of_2(da * gain), q = power_of_2(db * gain), zero{}, one = zero + T(1);
     a_equal += da == zero ? one : zero;
     b_equal += db == zero ? one : zero;
     a_rest += da == zero ? zero : p;
     b_rest += db == zero ? zero : q;
-    slope.add(da == zero - T(INFINITY) ? zero : p * (da - db));
+    slope += da == zero - T(INFINITY) ? zero : p * (da - db);
   }
   PairSums result() const {
+    const double slopes = 0x1p24 * c * sum_lanes(slope);
     return {{top.a, sum_lanes(a_equal), sum_lanes(a_rest)},
             {top.b, sum_lanes(b_equal), sum_lanes(b_rest)},
-            slope_or_infinity(4. * c * slope.total())};
+            slopes == slopes ? slopes : INFINITY};
   }
 };
 
@@ -294,14 +291,13 @@ inline void gradient_run(const Element* u, const Element* v, Element* grad, int6
   if constexpr (Columns::kType == kF64) {
     for (int64_t j = 0; j < n; ++j) grad[j] = gradient(u[j], v[j]);
   } else {
-    const auto two = [&](const Element* p, const Element* q, Element* to)
-                         __attribute__((always_inline)) {
-                           vfloat x[2], y[2];
-                           Columns::load_two(p, x);
-                           Columns::load_two(q, y);
-                           for (int k = 0; k < 2; ++k) x[k] = gradient(x[k], y[k]);
-                           Columns::store_two(to, x);
-                         };
+    const auto two = [&](auto* p, auto* q, auto* to) __attribute__((always_inline)) {
+      vfloat x[2], y[2];
+      Columns::load_two(p, x);
+      Columns::load_two(q, y);
+      for (int k = 0; k < 2; ++k) x[k] = gradient(x[k], y[k]);
+      Columns::store_two(to, x);
+    };
     int64_t j = 0;
     for (; j + 2 * kLanes <= n; j += 2 * kLanes) two(u + j, v + j, grad + j);
     if (j < n) {

@@ -54,8 +54,8 @@ WHITEN = Config(1024, 4)
 MERGE_MOMENTS = Config(1024, 4)
 
 # By columns: two rows of logits at a time, so half the columns of a log-probability's.
-KL_FORWARD = Table(((256, Config(256, 1)),), Config(1024, 4))
-KL_FORWARD_FP64 = Table(((256, Config(256, 2)),), Config(512, 4))
+KL_FORWARD = Table(((256, Config(256, 1, 256)),), Config(1024, 4, 32768))
+KL_FORWARD_FP64 = Table(((256, Config(256, 2, 256)),), Config(512, 4, 32768))
 KL_BACKWARD = Table(((256, Config(256, 1)),), Config(1024, 4))
 KL_BACKWARD_FP64 = Table(((256, Config(256, 1)),), Config(512, 4))
 
