@@ -485,7 +485,7 @@ def sources(family: str) -> dict[str, str]:
     """Hashes of what a family's kernels are made of: its modules and the shared ones."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted([*SOURCES.glob("_*.py"), *SOURCES.glob(f"{family}*.py")])
+        for path in sorted([*SOURCES.glob("_[!_]*.py"), *SOURCES.glob(f"{family}*.py")])
     }
 
 
