@@ -1,7 +1,7 @@
 # make demo    PPO on real text, start to finish, from nothing but python3 and a C++ compiler
 # make test    every test; the Triton kernels on the CPU, in Triton's interpreter
 # make verify-all   every launch of the Triton kernels compiled for every GPU it is tested for
-# make gpu-check    on a machine with a GPU: the Triton kernels tested on it and timed, under 9 minutes
+# make gpu-check    on a machine with a GPU: every op tested on it and timed, under 9 minutes
 # make bench   every function against torch, on one thread and on all; ARGS="gae --sizes small" to choose
 # make lint    ruff, clang-format, mypy
 # make test-sanitize   the op tests on kernels built with AddressSanitizer and UBSan
@@ -35,7 +35,7 @@ verify-all: .venv/installed
 gpu-check:
 	$(PYTHON) python_tests/gpu_check.py
 
-OP_TESTS := $(shell ls python_tests/test_*.py | grep -vE 'package|trainer|bench|triton|vectorised')
+OP_TESTS := $(shell ls python_tests/test_*.py | grep -vE 'package|trainer|bench|triton|vectorised|gpu_check')
 
 # A second environment on top of .venv, whose ppo_kernels is the sanitized build. Leaks are Python's own affair.
 test-sanitize: .venv/installed

@@ -453,8 +453,17 @@ def measure(launches: list[Launch]) -> dict[str, dict[str, dict[str, int]]]:
                 key = f"{launch.label} | {name} | {target}"
                 if launch.wide and "BLOCK" in constants and use["wide_loads"] == 0:
                     use["missing_wide_loads"] = 1
-                found.setdefault(launch.family, {})[key] = use
+                kernels = found.setdefault(launch.family, {})
+                kernels[key] = _worse(kernels[key], use) if key in kernels else use
     return found
+
+
+def _worse(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+    """Of a kernel that one call launches twice, with other arguments."""
+    return {
+        name: (min if name.startswith("wide") else max)(a.get(name, 0), b.get(name, 0))
+        for name in a | b
+    }
 
 
 def problems(found: dict[str, dict[str, int]], recorded: dict[str, dict[str, int]]) -> list[str]:
@@ -485,7 +494,7 @@ def sources(family: str) -> dict[str, str]:
     """Hashes of what a family's kernels are made of: its modules and the shared ones."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted([*SOURCES.glob("_*.py"), *SOURCES.glob(f"{family}*.py")])
+        for path in sorted([*SOURCES.glob("_[!_]*.py"), *SOURCES.glob(f"{family}*.py")])
     }
 
 

@@ -1,8 +1,45 @@
-"""With TRITON_INTERPRET=1 the Triton kernels run on CPU tensors, in the repaired interpreter."""
+"""Where the tests run, from the environment.
+
+- TRITON_INTERPRET=1: the Triton kernels run on CPU tensors, in the repaired interpreter.
+- PPO_KERNELS_TEST_DEVICE=cuda: tests that make their tensors on `device.DEVICE` run there.
+- PPO_KERNELS_TEST_SHARD=2/8: the second of eight parts of the tests. On a GPU most of their time is
+  that of compilers, which processes share out.
+"""
 
 import os
+
+import pytest
+import torch
+from device import DEVICE
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter
 
     interpreter.install()
+
+if DEVICE != "cpu":
+    import ppo_kernels  # noqa: F401  # which is to be imported under torch's own default
+
+    torch.set_default_device(DEVICE)
+
+NEIGHBOURS = 20  # stay together: the cells of a case share what they are held to
+
+
+@pytest.hookimpl(trylast=True)  # after -k
+def pytest_collection_modifyitems(config, items):
+    part, parts = map(int, os.environ.get("PPO_KERNELS_TEST_SHARD", "1/1").split("/"))
+    mine = [i // NEIGHBOURS % parts == part - 1 for i in range(len(items))]
+    others = [item for item, chosen in zip(items, mine, strict=True) if not chosen]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item, chosen in zip(items, mine, strict=True) if chosen]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    """A kernel that crashed takes the process's GPU with it: say which test it was, and stop."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"the GPU is lost after {item.nodeid}: {error}", returncode=3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ppo_kernels as pk
-from ppo_kernels import cpu
+from ppo_kernels import cpu, triton
 from ppo_kernels._op import OPS
 from ppo_kernels.bench import baselines, cases, cli, memory, plot, results, run, summary, timing
 
@@ -44,18 +44,31 @@ LOSS = ("clipped_loss", "", "8x256", "forward+backward")
 def test_every_public_function_is_measured():
     functions = {op.function for op in OPS.values()}
     assert set(cases.FUNCTIONS) == functions
-    for size in ("small", "default", "large"):
-        assert {job.benchmark.function for job in cases.SIZES[size]()} == functions
+    for jobs in cases.SIZES.values():
+        assert {job.benchmark.function for job in jobs()} == functions
+        assert len(set(jobs())) == len(jobs())
 
 
 def test_the_readme_cases_are_measured_by_default():
     measured = {
-        (j.benchmark.function, j.benchmark.variant, j.size, j.dtype_name, j.direction)
-        for j in cases.SIZES["default"]()
+        size: {
+            (j.benchmark.function, j.benchmark.variant, j.size, j.dtype_name, j.direction)
+            for j in cases.SIZES[size]()
+        }
+        for size in ("default", "gpu")
     }
-    assert set(summary.HEADLINES) <= measured
-    at_8_tokens = {m[0] for m in measured if m[2] in ("1x8", "8x8")}
-    assert at_8_tokens == set(cases.FUNCTIONS)
+    assert set(summary.HEADLINES) <= measured["default"] | measured["gpu"]
+    for cases_of_size in measured.values():
+        at_8_tokens = {m[0] for m in cases_of_size if m[2] in ("1x8", "8x8")}
+        assert at_8_tokens == set(cases.FUNCTIONS)
+
+
+@pytest.mark.parametrize("key", cases.BENCHMARKS, ids=" ".join)
+def test_inputs_are_made_where_the_generator_is(key):
+    """And nowhere else first: those of a GPU are gigabytes."""
+    with torch.device("meta"):
+        made = cases.BENCHMARKS[key].inputs(torch.Generator(CPU), cases.BENCHMARKS[key].check)
+    assert {v.device.type for v in made.values() if isinstance(v, torch.Tensor)} == {"cpu"}
 
 
 @pytest.mark.parametrize("key", cases.BENCHMARKS, ids=" ".join)
@@ -173,7 +186,7 @@ def test_a_wrong_or_failing_baseline_is_reported(tmp_path, monkeypatch):
     for name, baseline in planted.items():
         monkeypatch.setitem(job.benchmark.baselines, name, baseline)
     names = ["eager", *planted]
-    runner = run.Runner(run.Settings(CPU, run.default_executors(CPU), [1], names, 0.001, False))
+    runner = run.Runner(run.Settings(CPU, None, [1], names, 0.001, False))
     (rows,) = runner.rows([job])
     found = {r.implementation: r for r in rows}
     assert found["ppo_kernels"].status == "ok"
@@ -212,11 +225,12 @@ def test_a_second_run_replaces_its_rows_and_keeps_the_others(tmp_path, monkeypat
     ]
 
 
-def test_a_long_loop_is_extrapolated(monkeypatch):
-    monkeypatch.setattr(run, "LONGEST_CALL", 0.0)
+@pytest.mark.parametrize(("longest", "budget"), [(0.0, 0.001), (2.0, 1e-6)])
+def test_a_long_loop_is_extrapolated(monkeypatch, longest, budget):
+    monkeypatch.setattr(run, "LONGEST_CALL", longest)
     monkeypatch.setattr(run, "SHORT_STEPS", 16)
     job = cases.Job(cases.BENCHMARKS["gae", ""], (2, 64))
-    runner = run.Runner(run.Settings(CPU, run.default_executors(CPU), [1], ["loop"], 0.001, False))
+    runner = run.Runner(run.Settings(CPU, None, [1], ["loop"], budget, False))
     (rows,) = runner.rows([job])
     loop = next(r for r in rows if r.implementation == "loop")
     assert (loop.status, loop.note) == ("extrapolated", "from 16 steps")
@@ -233,6 +247,67 @@ def test_turns_are_taken_in_order():
     assert set(times) == set("abc")
     turns = log[6:]
     assert turns == ["flush", "a", "flush", "b", "flush", "c"] * timing.FEWEST_SAMPLES
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------
+
+
+def test_ours_is_what_auto_would_choose():
+    best = "torch" if triton.UNAVAILABLE else "triton"
+    for function in cases.FUNCTIONS:
+        assert run.default_executor(function, torch.device("cuda")) == best
+    on_cpu = "torch" if cpu.UNAVAILABLE else f"cpu:{cpu.isa()}"
+    assert run.default_executor("whiten", CPU) == on_cpu
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A clock that says 3 ms, and a log of what a GPU would be told."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(("sleep", cycles)))
+    return log
+
+
+def test_the_host_issues_a_call_ahead_of_the_gpu(gpu, monkeypatch):
+    clock = iter((1.0, 1.0 + 2**-12))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    call = timing.Contestant(lambda: gpu.append("call"), run.contextlib.nullcontext)
+    times = timing.take_turns(
+        {"a": call}, budget=0, flush=lambda: gpu.append("flush"), device=torch.device("cuda")
+    )
+    assert times["a"] == timing.Times(3e-3, 3e-3, 3e-3, timing.FEWEST_SAMPLES)
+    estimate = ["event", "call", "event", "wait"]
+    ahead = ("sleep", int(2**-11 * timing.CYCLES_PER_SECOND))
+    turn = ["flush", ahead, *estimate]
+    assert gpu == estimate * 2 + ["call", "wait"] + turn * timing.FEWEST_SAMPLES
+
+
+def test_calls_that_only_the_host_bounds_get_no_head_start(gpu):
+    """Small inputs are timed in batches, as the host issues them; so are very long calls."""
+    call = timing.Contestant(lambda: gpu.append("call"), run.contextlib.nullcontext)
+    timing.take_turns({"a": call}, budget=0, flush=None, device=torch.device("cuda"))
+    assert not [entry for entry in gpu if entry[0] == "sleep"]
+    slow = timing._head_start(lambda: timing.time.sleep(0.01), torch.device("cuda"))
+    assert slow == timing.LONGEST_HEAD_START
+
+
+# ---- memory -------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not memory.RESET.exists(), reason="no /proc/self/clear_refs")
@@ -254,7 +329,7 @@ print(peak_on_cpu(lambda: (x + 1).add_(x * 2)), peak_on_cpu(lambda: x.sum()))
 def test_the_measuring_process_answers_and_survives_a_bad_question():
     meter = memory.Meter()
     job = {"function": "whiten", "variant": "", "dtype": "float32", "direction": "forward"}
-    ours = {"name": results.OURS, "executor": run.default_executors(CPU)[0]}
+    ours = {"name": results.OURS, "executor": run.default_executor("whiten", CPU)}
     try:
         with pytest.raises(RuntimeError, match="nowhere"):
             meter.ask(
@@ -347,6 +422,8 @@ def test_readme_table():
         for name, ms in shapes.items()
         if name != "eager"
     ]
+    on_gpu = summary.headline([row(device="a GPU", backend="triton", isa="", date="2026-01-02")])
+    assert on_gpu.startswith("a GPU, torch ")
     text = summary.headline([*rows, row(isa="generic", median_ms=9.0)])
     assert "| `gae` [64, 8192] | float32 | forward | 2 |  | 15x |  | 2000x\\* |" in text
     assert "a processor, 2 cores, 2 threads, avx512" in text

@@ -56,6 +56,18 @@ def test_sums_do_not_follow_the_registers():
                 assert "exact" in comment, f"{path.name}:{number}: use tree_sum, or say why not"
 
 
+@pytest.mark.parametrize("target", ladder.TARGETS)
+def test_contiguous_half_precision_has_128_bit_loads(target):
+    for family, label, kernel in (
+        ("losses", "clipped_loss bfloat16 [8, 1024]", "policy_kernel"),
+        ("losses", "value_loss float16 [65536]", "value_kernel"),
+        ("kl", "k3 bfloat16 [8, 1024]", "slope_kernel"),
+        ("moments", "whiten bfloat16 rows=64", "whiten_kernel"),
+    ):
+        use = ladder.record(family)["kernels"][f"{label} | {kernel} | {target}"]
+        assert use["wide_loads"], f"{label}: {kernel}"
+
+
 GOOD = {"registers": 64, "local": 0, "shared": 1024, "wide_loads": 2, "wide_stores": 1}
 
 
@@ -80,3 +92,9 @@ def test_a_regression_is_a_problem(change, message):
         assert wrong == []
     else:
         assert any(w.startswith(key) and message in w for w in wrong)
+
+
+def test_of_two_launches_of_a_kernel_the_worse_counts():
+    other = GOOD | {"registers": 90, "shared": 0, "wide_stores": 0, "missing_wide_loads": 1}
+    worse = GOOD | {"registers": 90, "wide_stores": 0, "missing_wide_loads": 1}
+    assert ladder._worse(GOOD, other) == ladder._worse(other, GOOD) == worse

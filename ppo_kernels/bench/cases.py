@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,8 @@ class Benchmark:
     Attributes:
         function: Its public name.
         variant: What is particular about this call; may be empty.
-        inputs: Makes the arguments from a generator and a shape; floating-point tensors in float32.
+        inputs: Makes the arguments from a generator, on its device, and a shape; floating-point
+            tensors in float32.
         grads: The arguments that receive a gradient.
         check: The shape at which results are held to float64.
         baselines: What else computes the same, by name.
@@ -91,9 +92,8 @@ class Job:
 
     def inputs(self, device: torch.device) -> Inputs:
         """The arguments, the same for everyone who computes this."""
-        made = self.benchmark.inputs(torch.Generator().manual_seed(0), self.shape)
-        made = testing.arrange(made, self.dtype)
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}
+        made = self.benchmark.inputs(torch.Generator(device).manual_seed(0), self.shape)
+        return testing.arrange(made, self.dtype, device=str(device))
 
     def traffic(self, inputs: Inputs, outputs: list[Tensor]) -> tuple[int, int]:
         """Bytes that any version must read and write at least.
@@ -114,54 +114,60 @@ class Job:
 # ---- inputs -------------------------------------------------------------------------------------
 
 
+def _normal(g: torch.Generator, shape: Sequence[int]) -> Tensor:
+    return torch.randn(shape, generator=g, device=g.device)
+
+
+def _integers(g: torch.Generator, low: int, high: int, shape: Sequence[int]) -> Tensor:
+    """Below `high`."""
+    return torch.randint(low, high, shape, generator=g, device=g.device)
+
+
 def _logits(g: torch.Generator, shape: Shape) -> Inputs:
     rows, vocab = shape
-    return {
-        "logits": torch.randn(shape, generator=g).mul_(3),
-        "tokens": torch.randint(vocab, (rows,), generator=g),
-    }
+    return {"logits": _normal(g, shape).mul_(3), "tokens": _integers(g, 0, vocab, (rows,))}
 
 
 def _two_logits(g: torch.Generator, shape: Shape) -> Inputs:
-    logits = torch.randn(shape, generator=g).mul_(3)
-    return {"logits": logits, "ref_logits": logits + 0.3 * torch.randn(shape, generator=g)}
+    logits = _normal(g, shape).mul_(3)
+    return {"logits": logits, "ref_logits": _normal(g, shape).mul_(0.3).add_(logits)}
 
 
 def _hidden(g: torch.Generator, shape: Shape) -> Inputs:
     rows, width, vocab = shape
     return {
-        "hidden": torch.randn(rows, width, generator=g),
-        "weight": torch.randn(vocab, width, generator=g).mul_(width**-0.5),
-        "tokens": torch.randint(vocab, (rows,), generator=g),
+        "hidden": _normal(g, (rows, width)),
+        "weight": _normal(g, (vocab, width)).mul_(width**-0.5),
+        "tokens": _integers(g, 0, vocab, (rows,)),
     }
 
 
 def _responses(g: torch.Generator, shape: Shape) -> Tensor:
     """A mask of one response per row: it starts with the row and fills half of it or more."""
     rows, steps = shape
-    ends = torch.randint(steps // 2, steps + 1, (rows, 1), generator=g)
-    return torch.arange(steps) < ends
+    ends = _integers(g, steps // 2, steps + 1, (rows, 1))
+    return torch.arange(steps, device=g.device) < ends
 
 
 def _policy(g: torch.Generator, shape: Shape, other: str) -> Inputs:
-    logprobs = torch.randn(shape, generator=g).abs_().neg_()
+    logprobs = _normal(g, shape).abs_().neg_()
     return {
         "logprobs": logprobs,
-        other: logprobs + 0.2 * torch.randn(shape, generator=g),
+        other: _normal(g, shape).mul_(0.2).add_(logprobs),
         "mask": _responses(g, shape),
     }
 
 
 def _clipped_loss(g: torch.Generator, shape: Shape) -> Inputs:
-    return _policy(g, shape, "old_logprobs") | {"advantages": torch.randn(shape, generator=g)}
+    return _policy(g, shape, "old_logprobs") | {"advantages": _normal(g, shape)}
 
 
 def _value_loss(g: torch.Generator, shape: Shape) -> Inputs:
-    values = torch.randn(shape, generator=g)
+    values = _normal(g, shape)
     return {
         "values": values,
-        "old_values": values + 0.2 * torch.randn(shape, generator=g),
-        "returns": values + torch.randn(shape, generator=g),
+        "old_values": _normal(g, shape).mul_(0.2).add_(values),
+        "returns": _normal(g, shape).add_(values),
         "mask": _responses(g, shape),
     }
 
@@ -171,17 +177,17 @@ def _kl_penalty(g: torch.Generator, shape: Shape, estimator: str = "k3") -> Inpu
 
 
 def _shape_rewards(g: torch.Generator, shape: Shape) -> Inputs:
-    scores = torch.randn(shape[0], generator=g)
+    scores = _normal(g, shape[:1])
     return {"scores": scores, **_policy(g, shape, "ref_logprobs"), "kl_coef": 0.05}
 
 
 def _x(g: torch.Generator, shape: Shape) -> Inputs:
-    return {"x": torch.randn(shape, generator=g).add_(0.5), "mask": _responses(g, shape)}
+    return {"x": _normal(g, shape).add_(0.5), "mask": _responses(g, shape)}
 
 
 def _returns(g: torch.Generator, shape: Shape) -> Inputs:
     return {
-        "rewards": torch.randn(shape, generator=g),
+        "rewards": _normal(g, shape),
         "mask": _responses(g, shape),
         "mask_convention": "carry",
         "gamma": 0.99,
@@ -189,7 +195,7 @@ def _returns(g: torch.Generator, shape: Shape) -> Inputs:
 
 
 def _gae(g: torch.Generator, shape: Shape) -> Inputs:
-    values = {"values": torch.randn(shape, generator=g), "lam": 0.95}
+    values = {"values": _normal(g, shape), "lam": 0.95}
     return _returns(g, shape) | values
 
 
@@ -197,12 +203,12 @@ def _packed(g: torch.Generator, shape: Shape) -> Inputs:
     """Sequences of 1 to 8192 steps, but no longer than an eighth of all."""
     (total,) = shape
     longest = min(8192, max(total // 8, 1))
-    ends = torch.randint(1, longest + 1, (total,), generator=g).cumsum(0)
-    ends = torch.cat([torch.zeros(1).to(ends), ends[ends < total], torch.tensor([total])])
+    ends = _integers(g, 1, longest + 1, shape).cumsum(0)
+    ends = ends[ends < total]
     return {
-        "rewards": torch.randn(shape, generator=g),
-        "values": torch.randn(shape, generator=g),
-        "cu_seqlens": ends.int(),
+        "rewards": _normal(g, shape),
+        "values": _normal(g, shape),
+        "cu_seqlens": torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), total)]).int(),
         "gamma": 0.99,
         "lam": 0.95,
     }
@@ -380,8 +386,30 @@ def _large() -> list[Job]:
     ]
 
 
+def _gpu() -> list[Job]:
+    """The most telling first: there may be no time for all."""
+    logits: list[Shape] = [(8192, 151936)]
+    return [
+        *_jobs("logprobs_from_logits", "", logits, _HALF),
+        *_jobs("logprobs_from_logits", "entropy", logits, _HALF),
+        *_per_token([(4096, 16384)]),
+        *_jobs("gae", "", [(4096, 16384)], directions=(BACKWARD,)),
+        *_jobs("gae", "", [(8, 131072), (1, 1048576)]),
+        *_jobs("gae", "packed", [(67108864,), (1048576,)]),
+        *_jobs("categorical_kl", "", [(4096, 151936)], _HALF),
+        *_jobs("logprobs_from_logits", "", [(8192, 50257), (8, 151936)]),
+        *_jobs("logprobs_from_logits", "hidden @ weight", [(4096, 4096, 151936)], _HALF),
+        *_per_token([(1, 8), (64, 16384)]),
+        *_jobs("logprobs_from_logits", "", [(8, 8)]),
+        *_jobs("categorical_kl", "", [(8, 8)]),
+        *_per_token([(64, 16384)], _HALF),
+        *_jobs("logprobs_from_logits", "", [(8192, v) for v in (8192, 32000, 128256)]),
+    ]
+
+
 SIZES: dict[str, Callable[[], list[Job]]] = {
     "small": _small,
     "default": _default,
     "large": _large,
+    "gpu": _gpu,
 }

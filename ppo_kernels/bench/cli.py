@@ -18,7 +18,7 @@ from .._op import BACKENDS
 from . import cases, results
 from .plot import draw
 from .results import Row
-from .run import Runner, Settings, default_executors, device_name
+from .run import Runner, Settings, device_name
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
         " A run adds to the results in its folder: what it measures again is replaced.",
     )
     made.add_argument("functions", nargs="*", metavar="OP", help="public functions; all by default")
-    made.add_argument("--sizes", choices=tuple(cases.SIZES), default="default")
+    made.add_argument(
+        "--sizes", choices=tuple(cases.SIZES), help="default on a CPU, gpu on a GPU, if not given"
+    )
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     made.add_argument(
         "--backend", type=_names(tuple(BACKENDS)), help="comma-separated; what auto would choose"
@@ -98,9 +100,12 @@ def main(argv: Sequence[str]) -> int:
             options.error(f"OP: given {name!r}, expected one of {', '.join(cases.FUNCTIONS)}")
     if asked.device == "cuda" and not torch.cuda.is_available():
         options.error("--device: given cuda, but torch sees no CUDA device")
+    if asked.device == "cuda" and asked.threads:
+        options.error("--threads: belongs to the CPU")
     if (asked.compare is None) != (asked.threshold is None):
         options.error("--compare and --threshold go together")
     device = torch.device(asked.device)
+    asked.sizes = asked.sizes or ("gpu" if device.type == "cuda" else "default")
     settings = _settings(asked, device, options)
     folder = asked.out or Path("benchmarks/results") / _slug(device_name(device))
     try:
@@ -144,7 +149,7 @@ def main(argv: Sequence[str]) -> int:
 def _settings(
     asked: argparse.Namespace, device: torch.device, options: argparse.ArgumentParser
 ) -> Settings:
-    executors = default_executors(device)
+    executors = None
     if asked.backend or asked.isa:
         levels = asked.isa or [cpu.isa()]
         backends = asked.backend or ["cpu"]

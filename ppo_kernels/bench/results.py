@@ -195,7 +195,7 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = ["# Microbenchmarks\n"]
     for place in dict.fromkeys((row.device, row.threads) for row in rows):
         here = [row for row in rows if (row.device, row.threads) == place]
-        parts.append(f"## {place[0]}, {place[1]} thread{'s' * (place[1] != 1)}\n\n{_facts(here)}\n")
+        parts.append(f"## {place_of(here[0])}\n\n{_facts(here)}\n")
         for function in dict.fromkeys(row.function for row in here):
             chosen = [r for r in here if r.function == function and r.status != "skipped"]
             parts.append(f"### {function}\n\n{_table(chosen)}\n")
@@ -205,6 +205,12 @@ def markdown(rows: Sequence[Row]) -> str:
         if reasons:
             parts.append("### Skipped\n\n" + "\n".join(reasons) + "\n")
     return "\n".join(parts)
+
+
+def place_of(row: Row) -> str:
+    """The device, and of a CPU the number of threads."""
+    threads = f"{row.threads} thread{'s' * (row.threads != 1)}" if row.isa else ""
+    return ", ".join(filter(None, (row.device, threads)))
 
 
 def _facts(rows: Sequence[Row]) -> str:

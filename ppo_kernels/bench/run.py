@@ -18,16 +18,25 @@ from torch import Tensor
 
 import ppo_kernels
 
-from .. import cpu, info, testing
+from .. import cpu, info, testing, triton
 from .._op import refusal, use_backend
 from ..testing import Inputs
 from . import cases, memory
 from .baselines import UnavailableError
 from .cases import Job
 from .results import FLOOR, OURS, Row
-from .timing import Bandwidth, Call, Contestant, Times, seconds, settle_allocator, take_turns
+from .timing import (
+    FLUSHED_FROM,
+    Bandwidth,
+    Call,
+    Contestant,
+    Times,
+    seconds,
+    settle_allocator,
+    take_turns,
+)
 
-LONGEST_CALL = 2.0  # seconds; a loop that would take longer is shortened and extrapolated
+LONGEST_CALL = 2.0  # seconds, or what a contender has; a longer loop is extrapolated
 SHORT_STEPS = 4096
 # What another implementation may differ by and still count as computing the same, relative to the
 # largest magnitude in the exact result. Ours are held to the tests' rule instead.
@@ -43,14 +52,14 @@ class Settings:
     """What the command line asks for.
 
     Attributes:
-        executors: Ours, as `testing.executor` takes them.
+        executors: Ours, as `testing.executor` takes them; None for what `auto` would choose.
         baselines: Names to compare with; None for all.
         budget: Seconds of calls per contender and job, about.
         memory: Also measure peak memory.
     """
 
     device: torch.device
-    executors: Sequence[str]
+    executors: Sequence[str] | None
     threads: Sequence[int]
     baselines: Sequence[str] | None = None
     budget: float = 2.0
@@ -124,10 +133,11 @@ class Runner:
             "dtype": job.dtype_name,
             "direction": job.direction,
         }
-        names = [n for n in job.benchmark.baselines if self._wanted(n)]
-        contenders = [Contender(job, OURS, e) for e in self.settings.executors]
-        contenders += [Contender(job, name) for name in names]
         device = self.settings.device
+        names = [n for n in job.benchmark.baselines if self._wanted(n)]
+        ours = self.settings.executors or [default_executor(job.benchmark.function, device)]
+        contenders = [Contender(job, OURS, e) for e in ours]
+        contenders += [Contender(job, name) for name in names]
 
         def blank(name: str, executor: str = "", **columns: Any) -> Row:
             backend, _, isa = executor.partition(":")
@@ -141,7 +151,7 @@ class Runner:
         factors: dict[Contender, float] = {}
         # Baselines first: theirs is the full-size result that ours is compared with besides.
         seen: tuple[str, list[Tensor]] | None = None
-        for c in contenders[len(self.settings.executors) :] + contenders:
+        for c in contenders[len(ours) :] + contenders:
             row = rows[c]
             if c in calls or row.status != "ok":
                 continue
@@ -199,7 +209,8 @@ class Runner:
         short = shorten(inputs, SHORT_STEPS)
         factor = steps / SHORT_STEPS
         once = seconds(make_call(c.job, function, short), 1, self.settings.device)
-        return (inputs, 1.0) if once * factor < LONGEST_CALL else (short, factor)
+        longest = min(LONGEST_CALL, self.settings.budget)
+        return (inputs, 1.0) if once * factor < longest else (short, factor)
 
     def _time(
         self,
@@ -217,7 +228,7 @@ class Runner:
         read, written = job.traffic(inputs, outputs)
         del outputs
         contestants = {str(i): Contestant(calls[c], c.context) for i, c in enumerate(calls)}
-        large = read >= 1 << 20
+        large = read >= FLUSHED_FROM
         limited = large and not job.benchmark.arithmetic
         if limited:
             floor = self.bandwidth.floor(read, written)
@@ -424,15 +435,17 @@ def _torch_level() -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
+    compiler = triton.version() if device.type == "cuda" else None
     return {
         "device": device_name(device),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": torch.__version__ + (f", triton {compiler}" if compiler else ""),
         "ppo_kernels": ppo_kernels.__version__,
         "commit": commit(),
     }
 
 
-def default_executors(device: torch.device) -> list[str]:
-    """What `auto` would choose, at the instruction set in use."""
-    return [f"cpu:{cpu.isa()}"] if device.type == "cpu" and not cpu.UNAVAILABLE else ["torch"]
+def default_executor(function: str, device: torch.device) -> str:
+    """What `auto` would choose; of the cpu backend, the instruction set in use."""
+    backend = info.functions()[function][0].resolve(device, "auto")
+    return f"cpu:{cpu.isa()}" if backend == "cpu" else backend

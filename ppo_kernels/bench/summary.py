@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Sequence
 
 from .. import info
-from .results import OURS, Row, case_name, find, number, ratio_of
+from .results import OURS, Row, case_name, find, number, place_of, ratio_of
 
 EAGER = ("eager", "chunked")
 CALLS = ("8x8", "1x8", "8")  # sizes of 8 tokens
 
-# The cases of the README, the largest first that were measured.
+# The cases of the README: those of a CPU, then those of a GPU; what was not measured is left out.
 HEADLINES: tuple[tuple[str, str, str, str, str], ...] = (
     ("logprobs_from_logits", "", "2048x50257", "float32", "forward"),
     ("logprobs_from_logits", "", "2048x50257", "bfloat16", "forward"),
@@ -25,6 +25,15 @@ HEADLINES: tuple[tuple[str, str, str, str, str], ...] = (
     ("gae", "", "1x1048576", "float32", "forward"),
     ("gae", "packed", "1048576", "float32", "forward"),
     ("whiten", "", "64x16384", "float32", "forward"),
+    ("logprobs_from_logits", "", "8192x151936", "bfloat16", "forward"),
+    ("logprobs_from_logits", "entropy", "8192x151936", "bfloat16", "forward"),
+    ("logprobs_from_logits", "", "8192x151936", "bfloat16", "forward+backward"),
+    ("categorical_kl", "", "4096x151936", "bfloat16", "forward+backward"),
+    ("clipped_loss", "", "4096x16384", "float32", "forward+backward"),
+    ("value_loss", "", "4096x16384", "float32", "forward+backward"),
+    ("gae", "", "4096x16384", "float32", "forward"),
+    ("gae", "packed", "67108864", "float32", "forward"),
+    ("whiten", "", "4096x16384", "float32", "forward"),
 )
 
 
@@ -56,7 +65,7 @@ def headline(rows: Sequence[Row]) -> str:
         return ""
     first = shown[0]
     text = (
-        f"{first.device}, {first.threads} threads, {first.isa}, torch {first.torch}, "
+        f"{', '.join(filter(None, (place_of(first), first.isa)))}, torch {first.torch}, "
         f"{first.date[:10]}:\n\n{info.markdown(table)}\n\nThe last three columns are how many "
         "times longer torch takes: eager (for scans: as chunked matrix products), compiled by "
         "Inductor, and a loop over the steps."
@@ -67,12 +76,12 @@ def headline(rows: Sequence[Row]) -> str:
 
 
 def levels(rows: Sequence[Row]) -> str:
-    """How many times faster than torch eager, by instruction set and threads."""
+    """How many times faster than torch eager, by a CPU's instruction set and threads."""
     speeds: dict[tuple[str, int], list[tuple[float, Row]]] = {}
     for row in rows:
         eager = find(rows, row, EAGER)
         speed = ratio_of(eager, row) if eager else None
-        if row.implementation == OURS and row.cache == "flushed" and speed:
+        if row.implementation == OURS and row.isa and row.cache == "flushed" and speed:
             speeds.setdefault((row.isa, row.threads), []).append((speed, row))
     table = [["instruction set", "threads", "cases", "median", "least", "in"]]
     for (isa, threads), here in speeds.items():

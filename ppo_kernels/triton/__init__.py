@@ -15,15 +15,20 @@ from typing import Any
 OLDEST = (3, 6)  # the oldest release the kernels are compiled with
 
 
+def version() -> str | None:
+    """Of the installed package; None also for a build under another name, such as ROCm's."""
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _unavailable() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
-    try:
-        version = metadata.version("triton")
-    except metadata.PackageNotFoundError:  # a build under another name, such as ROCm's
-        return None
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        return f"triton {version} is too old, expected {'.'.join(map(str, OLDEST))} or newer"
+    found = version()
+    if found and tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        return f"triton {found} is too old, expected {'.'.join(map(str, OLDEST))} or newer"
     return None
 
 

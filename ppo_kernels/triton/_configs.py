@@ -14,7 +14,9 @@ from typing import NamedTuple
 class Config(NamedTuple):
     """A program handles `block` columns at a time; `segment` columns (a multiple) are one unit.
 
-    Without `max_registers` NVIDIA's assembler spills to raise the occupancy.
+    Warps are of 32 lanes. Where they have 64 (AMD) half as many run: a lane then has enough columns
+    for 128-bit loads of half precision. Without `max_registers` NVIDIA's assembler spills to raise
+    the occupancy.
     """
 
     block: int
@@ -67,5 +69,6 @@ TOKENS_FP64 = Config(512, 4)
 COUNTS = Config(1024, 4)
 
 # A block of steps; a segment is the chunk that is scanned from zero, and the rest of the block is
-# what a program writes. With every option a scan needs the registers of a whole multiprocessor.
+# what a program writes. With every option a scan needs the registers of a whole multiprocessor;
+# a plain one takes half of them.
 SCAN = Config(1024, 8, 256, 255)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from ._configs import Config
 
@@ -31,7 +32,15 @@ def launch(kernel: Any, programs: int, *args: Any, config: Config, **constants: 
         options = {"num_warps": config.num_warps, "enable_fp_fusion": False}
         if NVIDIA:
             options["maxnreg"] = config.max_registers
+        else:
+            options["num_warps"] = max(1, 32 * config.num_warps // _lanes(driver.active))
         kernel[(programs,)](*args, **constants, **options)
+
+
+@lru_cache
+def _lanes(active: Any) -> int:
+    """Of a warp of the driver's devices."""
+    return active.get_current_target().warp_size
 
 
 @lru_cache

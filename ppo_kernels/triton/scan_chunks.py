@@ -11,7 +11,9 @@ is cut into chunks in turn, and so on: no program waits for another, and one lon
 short sequences fill the device alike. The boundaries of a sequence are CHUNK steps apart and those
 of two sequences farther, so boundary i has the slot i // CHUNK to itself.
 
-Lanes are in the order opposite to the scan's: what lane l needs is in the lanes above it.
+Lanes are in the order opposite to the scan's: what lane l needs is in the lanes above it. They load
+one element each: neighbours read neighbouring addresses, which the hardware joins, and loads are
+one in a hundred of a scan's instructions.
 """
 
 import triton
