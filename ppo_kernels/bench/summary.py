@@ -93,7 +93,8 @@ def levels(rows: Sequence[Row]) -> str:
     if not speeds:
         return ""
     return (
-        "How many times longer torch eager takes at the same instruction set, out of cache:\n\n"
+        "How many times longer torch eager takes, at the same instruction set or a higher one, out "
+        "of cache:\n\n"
         f"{info.markdown(table)}"
     )
 

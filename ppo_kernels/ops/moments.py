@@ -167,8 +167,12 @@ def _reduce(op: Op, x: Tensor, mask: Tensor | None, dim: int | None, backend: st
 # ---- references --------------------------------------------------------------------------------
 
 
+def _nonzero(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
 def _live(x: Tensor, mask: Tensor | None) -> Tensor:
-    return torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+    return torch.ones_like(x, dtype=torch.bool) if mask is None else _nonzero(mask)
 
 
 def _reduce_reference(x: Tensor, mask: Tensor | None, dim: int | None, mean: bool) -> Tensor:
@@ -226,7 +230,7 @@ class _Reduce(torch.autograd.Function):
         if ctx.dim is not None and ctx.shape:
             grad = grad.unsqueeze(ctx.dim)
         grad = grad.to(ctx.dtype).expand(ctx.shape)
-        grad = grad if mask is None else torch.where(mask != 0, grad, 0.0)
+        grad = grad if mask is None else torch.where(_nonzero(mask), grad, 0.0)
         return None, grad, None, None, None
 
 
