@@ -37,36 +37,34 @@ __device__ inline T* dynamic_shared() {
 
 // ---- between blocks: words in global memory, ordered at the scope of the device -----------------
 
+#ifdef PPOK_EMULATED
+using ::emulator::load_acquire;
+using ::emulator::spin_pause;
+using ::emulator::store_release;
+#else
 template <class T>
 __device__ inline T load_acquire(const T* p) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "32- or 64-bit words");
-#ifdef PPOK_EMULATED
-  return ::emulator::load_acquire(p);
-#else
   T value;
   if constexpr (sizeof(T) == 4)
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
   else
     asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
   return value;
-#endif
 }
 
 template <class T>
 __device__ inline void store_release(T* p, T value) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "32- or 64-bit words");
-#ifdef PPOK_EMULATED
-  ::emulator::store_release(p, value);
-#else
   if constexpr (sizeof(T) == 4)
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
   else
     asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
-#endif
 }
 
 // Between two looks at a word that another block will write.
 __device__ inline void spin_pause() { __nanosleep(32); }
+#endif
 
 __device__ inline void atomic_min(int64_t* p, int64_t value) {
   atomicMin(reinterpret_cast<long long*>(p), static_cast<long long>(value));
@@ -104,8 +102,9 @@ struct Word<16> {
   using type = uint4;
 };
 
+// By value: through a reference the copy would read global memory byte by byte.
 template <class To, class From>
-__device__ inline To bits_as(const From& from) {
+__device__ inline To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "same size");
   To to;
   memcpy(&to, &from, sizeof to);
