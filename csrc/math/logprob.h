@@ -30,8 +30,8 @@ PPOK_HD inline PartialSums<S> rebase(const PartialSums<S>& low, S max, S gap, S 
 }
 
 PPOK_HD inline RowSums merge(const RowSums& a, const RowSums& b, double c) {
-  const RowSums& high = a.max >= b.max ? a : b;
-  const RowSums& low = a.max >= b.max ? b : a;
+  const RowSums high = a.max >= b.max ? a : b;
+  const RowSums low = a.max >= b.max ? b : a;
   if (low.max == -INFINITY)
     return {high.max, high.at_max, high.rest + low.rest, high.slope + low.slope};
   if (low.max == high.max)
