@@ -270,8 +270,12 @@ __global__ void __launch_bounds__(kThreads, kResident<E>)
     g.entropy = read_one<double>(a.grad_entropy, r.row, r.col);
   const bool asked = g.logprob != 0. || g.entropy != 0.;
   const bool vectors = grad.vectors && logits.vectors;
-  const int first = vectors ? (grad.begin + kLanes<E> - 1) / kLanes<E> * kLanes<E> : grad.end;
-  const int last = vectors ? grad.end / kLanes<E> * kLanes<E> : grad.end;
+  // Whole vectors: [first, last).
+  int first = grad.end, last = grad.end;
+  if (vectors) {
+    first = min((grad.begin + kLanes<E> - 1) / kLanes<E> * kLanes<E>, grad.end);
+    last = max(first, grad.end / kLanes<E> * kLanes<E>);
+  }
   const auto narrow_columns = [&](auto&& one) {
     for (int j = grad.begin + threadIdx.x; j < first; j += kThreads) grad[j] = one(j);
     for (int j = last + threadIdx.x; j < grad.end; j += kThreads) grad[j] = one(j);
