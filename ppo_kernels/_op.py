@@ -228,7 +228,7 @@ class Op:
         return result
 
     def _run_fake(self, *args: Any) -> Any:
-        if "cuda" in BACKENDS[args[-1]].devices:
+        if args[-1] != "cpu":
             _faults.prepare(_device(args))
         return self.fake(*args[:-1])
 

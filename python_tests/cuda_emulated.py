@@ -1,4 +1,4 @@
-"""The backend `cuda-emulated`, of the tests alone: the CUDA kernels on CPU tensors, in the emulator.
+"""The backend `cuda-emulated`, of the tests alone: the CUDA kernels run by the emulator.
 
 It is the `cuda` backend, host functions included, with the module that the emulator gives in place
 of `_cuda`.
