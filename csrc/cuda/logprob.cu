@@ -18,9 +18,12 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kVectors = 4;  // that a thread has in flight: 64 bytes
-template <class E>
-constexpr int kResident = sizeof(E) == 8 ? 2 : 4;  // blocks a multiprocessor has registers for
-constexpr int kSteps = 4;                          // of a segment: 64 KiB
+// Blocks that a multiprocessor has registers for.
+template <class E, bool kSoftcap>
+constexpr int kResident = sizeof(E) == 8 ? 2
+                          : kSoftcap     ? 3
+                                         : 4;
+constexpr int kSteps = 4;  // of a segment: 64 KiB
 template <class E>
 constexpr int kStep = kThreads * kVectors * kLanes<E>;  // columns that a block has in flight
 template <class E>
@@ -128,7 +131,7 @@ struct Running {
 };
 
 template <class E, bool kEntropy, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads, kResident<E>)
+__global__ void __launch_bounds__(kThreads, kResident<E, kSoftcap>)
     sum_segments(const LogprobForward a, int segments, RowSums* sums) {
   using T = Compute<E>;
   const Row<LogprobForward> r(a, blockIdx.x / segments);
@@ -253,7 +256,7 @@ __device__ inline int64_t lead_of(const View& grad_logits, int64_t row, int64_t 
 
 // grad_logits may be logits: a thread writes what it alone has read.
 template <class E, bool kEntropy, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads, kResident<E>)
+__global__ void __launch_bounds__(kThreads, kResident<E, kSoftcap>)
     make_gradient(const LogprobBackward a, int segments) {
   using T = Compute<E>;
   const Row<LogprobBackward> r(a, blockIdx.x / segments);
