@@ -6,10 +6,12 @@ of `_cuda`.
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
 import torch
+from cuda_emulator import build
 
 from ppo_kernels import _faults
 from ppo_kernels._op import BACKENDS, OPS, Backend
@@ -17,6 +19,22 @@ from ppo_kernels.native import Native
 
 NAME = "cuda-emulated"
 PROCESSORS = 2
+SOURCES = build.ROOT / "csrc/cuda"
+OPTIONS = [
+    "-DPPOK_ISA=cuda",
+    "-DPPOK_MODULE=_cuda_emulated",
+    '-DPPOK_COMPILER="the emulator"',
+    '-DPPOK_ARCHITECTURES="none"',
+]
+
+
+def unavailable() -> str | None:
+    """Why the backend is not tested here, or None."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "this process tests Triton"
+    if os.environ.get("PPO_KERNELS_SANITIZED") == "1":
+        return "this process has a sanitizer of its own"
+    return build.unavailable()
 
 
 def _empty(shape: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -28,8 +46,14 @@ def _launch() -> tuple[Any, ...]:
     return 0, flag.data_ptr(), PROCESSORS, lambda size: _empty((size,), torch.uint8)
 
 
-def install(module: Any) -> None:
-    native = Native(module, _empty, _empty, _launch)
+def module() -> Any:
+    sources = [*sorted(SOURCES.glob("*.cu")), SOURCES / "bindings.cpp"]
+    return build.load(build.extension("_cuda_emulated", sources, options=OPTIONS))
+
+
+def install() -> None:
+    """Every op with a `cuda` kernel has it as `cuda-emulated` too, on CPU tensors."""
+    native = Native(module(), _empty, _empty, _launch)
     for op in OPS.values():
         kernel = op.kernels.get("cuda")
         if isinstance(kernel, partial):
