@@ -286,10 +286,12 @@ void Worker::check_red_zones() const {
     const char* touched = std::find_if(static_cast<const char*>(begin) + bytes, end,
                                        [](char c) { return c != '\xFF'; });
     if (touched == end) continue;
-    const std::string where =
-        declared ? text("'%s', %s:%d", declared->name, declared->file, declared->line) : "dynamic";
-    fail(this, text("out of bounds: byte %td was written in the %zu bytes of shared memory %s",
-                    touched - begin, bytes, where.c_str()));
+    const std::string array =
+        declared ? text("shared memory '%s', %s:%d", declared->name, declared->file, declared->line)
+                 : "dynamic shared memory";
+    fail(this,
+         text("out of bounds: byte %td was written in the %zu bytes of ", touched - begin, bytes) +
+             array);
   }
 }
 
