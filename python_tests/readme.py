@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ppo_kernels import info
-from ppo_kernels.bench import results
+from ppo_kernels.bench import results, summary
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -21,7 +21,8 @@ def speed() -> str:
     """Table and figure of every device in benchmarks/results."""
     parts = []
     for path in sorted(ROOT.glob("benchmarks/results/*/results.csv")):
-        parts.append(results.headline(results.read_csv(path)))
+        rows = results.read_csv(path)
+        parts += filter(None, (summary.headline(rows), summary.levels(rows), summary.calls(rows)))
         if path.with_name("speed.png").exists():
             parts.append(f"![speed against size]({path.with_name('speed.png').relative_to(ROOT)})")
     return "\n\n".join(parts) or "`make bench` measures the machine it runs on."

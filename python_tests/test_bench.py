@@ -9,7 +9,7 @@ import torch
 import ppo_kernels as pk
 from ppo_kernels import cpu
 from ppo_kernels._op import OPS
-from ppo_kernels.bench import baselines, cases, cli, memory, plot, results, run, timing
+from ppo_kernels.bench import baselines, cases, cli, memory, plot, results, run, summary, timing
 
 CPU = torch.device("cpu")
 
@@ -347,11 +347,30 @@ def test_readme_table():
         for name, ms in shapes.items()
         if name != "eager"
     ]
-    text = results.headline([*rows, row(isa="generic", median_ms=9.0)])
+    text = summary.headline([*rows, row(isa="generic", median_ms=9.0)])
     assert "| `gae` [64, 8192] | float32 | forward | 2 |  | 15x |  | 2000x\\* |" in text
     assert "a processor, 2 cores, 2 threads, avx512" in text
     assert "2026-01-02" in text
-    assert results.headline([]) == ""
+    assert summary.headline([]) == ""
+
+
+def test_levels_and_calls():
+    """Against eager at the same threads; from cache only calls on 8 tokens count."""
+    rows = [
+        row(implementation="eager", cache="flushed", median_ms=6.0),
+        row(isa="avx2", cache="flushed", median_ms=2.0),
+        row(isa="generic", cache="flushed", median_ms=3.0),
+        row(function="whiten", implementation="eager", cache="flushed", median_ms=3.0),
+        row(function="whiten", isa="generic", cache="flushed", median_ms=6.0),
+        row(size="1x8", implementation="chunked", cache="warm", median_ms=0.05),
+        row(size="1x8", isa="generic", cache="warm", median_ms=0.03),
+        row(size="1x8", isa="avx2", cache="warm", median_ms=0.02),
+    ]
+    text = summary.levels(rows)
+    assert "| avx2 | 2 | 1 | 3x | 3x | `gae`" in text
+    assert "| generic | 2 | 2 | 1.25x | 0.5x | `whiten`" in text
+    assert "| `gae` | forward | 20.0 | 50.0 |  |" in summary.calls(rows)
+    assert summary.levels([]) == summary.calls([]) == ""
 
 
 # ---- comparison ---------------------------------------------------------------------------------

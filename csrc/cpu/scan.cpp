@@ -471,12 +471,12 @@ class Buffered {
   Blocks<kReverse> blocks_[kChains];
 };
 
-// Straight from the rewards and values to the advantages and returns, in one pass, where no step is
-// masked or ends an episode: the same operations on the same steps, and so the same bits.
+// Straight from the rewards and values to the advantages and returns, in one pass, where live steps
+// follow each other and none ends an episode: the same operations on the same steps as through
+// buffers, and so the same bits.
 template <class T>
 class Direct {
  public:
-  static constexpr bool kReverse = true;
   explicit Direct(const Forward<T>& op)
       : op_(op), a_(op.a), gamma_(a_.setting.gamma), c_(gamma_ * a_.setting.lam) {
     blocks_.set(c_);
@@ -487,27 +487,49 @@ class Direct {
     const auto as_is = [](const View& v) {
       return !v.data || (v.dtype == DTypeOf<T>::value && v.stride[1] == 1);
     };
-    return !g.mask.data && !g.terminated.data && !g.truncated.data && !g.lams.data &&
-           g.chains == 1 && g.gamma * g.lam > 0. && as_is(a.rewards) && as_is(a.values);
+    return !g.terminated.data && !g.truncated.data && !g.lams.data && g.chains == 1 &&
+           g.gamma * g.lam > 0. && as_is(a.rewards) && as_is(a.values);
   }
 
+  // Masked steps may surround the live ones if no time passes in them, else there must be none.
+  bool fits(const Unit& u) {
+    const ScanSetting& g = a_.setting;
+    for (int64_t piece = 0; piece < u.last - u.first; ++piece) {
+      const Run all = u.chunk ? u.run : written(g, u, piece);
+      Run& live = live_[piece] = all;
+      if (!narrow_to_live(g.mask, live)) return false;
+      if (!g.carry && live.end - live.begin < all.end - all.begin) return false;
+    }
+    return true;
+  }
+
+  // Both for a unit that was found to fit just before.
   void summarize(Unit& u) {
-    const int64_t n = u.run.end - u.run.begin;
-    u.local[0] = steps<false, false>(u.run, op_.value_after(u, 0), 0.);
+    const int64_t n = live_[0].end - live_[0].begin;
+    u.local[0] = steps<false, false>(live_[0], op_.value_after(u, 0), 0.);
     u.factor[0] = n ? powers_.of(c_)[kChunk - n] : 1.;
   }
 
   void finish(const Unit& u, double* carry) {
-    if (u.neighbour >= 0)
-      *carry = steps<true, true>(u.run, op_.value_after(u, 0), *carry);
-    else
-      for (int64_t piece = 0; piece < u.last - u.first; ++piece) {
-        const Run run = u.chunk ? u.run : written(a_.setting, u, piece);
-        *carry = steps<true, false>(run, op_.value_after(u, piece), 0.);
-      }
+    for (int64_t piece = 0; piece < u.last - u.first; ++piece) {
+      const Run live = live_[piece], all = written(a_.setting, u, piece);
+      clear(Run{all.row, all.begin, live.begin});
+      clear(Run{all.row, live.end, all.end});
+      if (u.neighbour >= 0)
+        *carry = steps<true, true>(live, op_.value_after(u, 0), *carry);
+      else
+        *carry = steps<true, false>(live, op_.value_after(u, piece), 0.);
+    }
   }
 
  private:
+  void clear(const Run& run) const {
+    const View outputs[] = {a_.advantages, a_.returns};
+    const int64_t position = run.row * a_.setting.cols + run.begin, n = run.end - run.begin;
+    for (const View& out : outputs)
+      if (out.data && n) memset(static_cast<T*>(out.data) + position, 0, n * sizeof(T));
+  }
+
   // At most kChunk steps of one sequence; the first one's advantage.
   template <bool kWrite, bool kComplete>
   double steps(const Run& run, double after_last, double carried) {
@@ -578,7 +600,25 @@ class Direct {
   const double gamma_, c_;
   Powers<true> powers_;
   Blocks<true> blocks_;
+  Run live_[kChunk];
   const T zeros_[kChunk + 1] = {};
+};
+
+// Each unit in the way that fits it.
+template <class T>
+class Either {
+ public:
+  static constexpr bool kReverse = true;
+  explicit Either(const Forward<T>& op) : direct_(op), buffered_(op) {}
+
+  void summarize(Unit& u) { direct_.fits(u) ? direct_.summarize(u) : buffered_.summarize(u); }
+  void finish(const Unit& u, double* carry) {
+    direct_.fits(u) ? direct_.finish(u, carry) : buffered_.finish(u, carry);
+  }
+
+ private:
+  Direct<T> direct_;
+  Buffered<T, Forward<T>> buffered_;
 };
 
 // ---- the drive ----------------------------------------------------------------------------------
@@ -672,7 +712,7 @@ template <class T>
 void forward(const ScanForward& a) {
   const Forward<T> op{a};
   if (Direct<T>::fits(a))
-    drive<Direct<T>>(op);
+    drive<Either<T>>(op);
   else
     drive<Buffered<T, Forward<T>>>(op);
 }

@@ -40,6 +40,15 @@ inline void read_live_codes(const View& mask, int64_t row, int64_t col, int64_t 
   if (mask.data) mark(mask, row, col, n, kLive, live);
 }
 
+// The same, in place if the mask is of bytes: nonzero = live.
+inline const uint8_t* live_bytes(const View& mask, int64_t row, int64_t col, int64_t n,
+                                 uint8_t* buffer) {
+  if (mask.data && element_size(mask.dtype) == 1 && mask.stride[1] == 1)
+    return reinterpret_cast<const uint8_t*>(address(mask, row, col));
+  read_live_codes(mask, row, col, n, buffer);
+  return buffer;
+}
+
 // A discount of 0 looks at no later step: it ends the sequence at every one.
 inline void read_codes(const ScanSetting& a, int64_t row, int64_t col, int64_t n, uint8_t* code) {
   read_live_codes(a.mask, row, col, n, code);
@@ -57,7 +66,7 @@ inline int64_t count_live(const uint8_t* live, int64_t n) {
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t size = n - i < kBlock ? n - i : kBlock;
     uint8_t found = 0;
-    for (int64_t j = 0; j < size; ++j) found += live[i + j] & kLive;
+    for (int64_t j = 0; j < size; ++j) found += live[i + j] != 0;
     count += found;
   }
   return count;
@@ -98,19 +107,42 @@ PPOK_INLINE void expand(T* out, const uint8_t* live, int64_t n, Value&& value) {
   }
 }
 
+// Narrows the run to its live steps; false if masked ones lie between them.
+inline bool narrow_to_live(const View& mask, Run& run) {
+  if (!mask.data) return true;
+  uint8_t buffer[4 * kBlock];
+  int64_t begin = run.end, end = run.begin, count = 0;
+  for (int64_t col = run.begin; col < run.end; col += 4 * kBlock) {
+    const int64_t n = run.end - col < 4 * kBlock ? run.end - col : 4 * kBlock;
+    const uint8_t* live = live_bytes(mask, run.row, col, n, buffer);
+    const int64_t found = count_live(live, n);
+    if (!found) continue;
+    int64_t first = 0, last = n;
+    while (!live[first]) ++first;
+    while (!live[last - 1]) --last;
+    if (!count) begin = col + first;
+    end = col + last;
+    count += found;
+    if (count < end - begin) return false;
+  }
+  run.begin = count ? begin : end;
+  run.end = end;
+  return true;
+}
+
 // From one end of the run towards the other: the edge behind the `count`-th live step, or the other
 // end.
 template <bool kReverse>
 int64_t walk(const View& mask, const Run& run, int64_t count) {
-  uint8_t live[4 * kBlock];
+  uint8_t buffer[4 * kBlock];
   for (int64_t left = run.end - run.begin; left > 0;) {
     const int64_t n = left < 4 * kBlock ? left : 4 * kBlock;
     const int64_t col = kReverse ? run.begin + left - n : run.end - left;
-    read_live_codes(mask, run.row, col, n, live);
+    const uint8_t* live = live_bytes(mask, run.row, col, n, buffer);
     const int64_t found = count_live(live, n);
     for (int64_t j = 0; found >= count; ++j) {
       const int64_t i = kReverse ? n - 1 - j : j;
-      count -= live[i];
+      count -= live[i] != 0;
       if (count == 0) return kReverse ? col + i : col + i + 1;
     }
     count -= found;

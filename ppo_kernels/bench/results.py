@@ -164,12 +164,12 @@ def compare(old: Iterable[Row], new: Iterable[Row], threshold: float) -> tuple[s
         beyond |= ratio > threshold
         table.append(
             [
-                _case(row),
+                case_name(row),
                 row.dtype,
                 row.direction,
                 _who(row),
-                _number(was.median_ms),
-                _number(row.median_ms),
+                number(was.median_ms),
+                number(row.median_ms),
                 f"{ratio:.2f}",
                 verdict,
             ]
@@ -225,19 +225,19 @@ def _table(rows: Sequence[Row]) -> str:
     columns = "case|dtype|direction|implementation|ms|quartiles|x eager|GB/s|%|peak MiB|error|note"
     table = [columns.split("|")]
     for row in rows:
-        eager = _find(rows, row, ("eager", "chunked"))
-        speed = _ratio(eager, row)
+        eager = find(rows, row, ("eager", "chunked"))
+        speed = ratio_of(eager, row)
         note = "; ".join(filter(None, (row.status if row.status != "ok" else "", row.note)))
         table.append(
             [
-                _case(row),
+                case_name(row),
                 row.dtype,
                 row.direction,
                 _who(row),
-                _number(row.median_ms),
-                f"{_number(row.low_ms)} - {_number(row.high_ms)}" if row.low_ms else "",
-                _number(speed),
-                _number(row.gbps),
+                number(row.median_ms),
+                f"{number(row.low_ms)} - {number(row.high_ms)}" if row.low_ms else "",
+                number(speed),
+                number(row.gbps),
                 f"{row.bandwidth_percent:.0f}" if row.bandwidth_percent is not None else "",
                 f"{row.peak_mib:.1f}" if row.peak_mib is not None else "",
                 f"{row.max_error:.1e}" if row.max_error is not None else "",
@@ -247,73 +247,18 @@ def _table(rows: Sequence[Row]) -> str:
     return info.markdown(table)
 
 
-# The cases of the README, the largest first that were measured.
-HEADLINES: tuple[tuple[str, str, str, str, str], ...] = (
-    ("logprobs_from_logits", "", "2048x50257", "float32", "forward"),
-    ("logprobs_from_logits", "", "2048x50257", "bfloat16", "forward"),
-    ("logprobs_from_logits", "entropy", "2048x50257", "float32", "forward"),
-    ("logprobs_from_logits", "", "2048x50257", "float32", "forward+backward"),
-    ("logprobs_from_logits", "", "2048x50257", "bfloat16", "forward+backward"),
-    ("clipped_loss", "", "64x16384", "float32", "forward+backward"),
-    ("value_loss", "", "64x16384", "float32", "forward+backward"),
-    ("gae", "", "64x8192", "float32", "forward"),
-    ("gae", "", "8x32768", "float32", "forward"),
-    ("gae", "", "1x1048576", "float32", "forward"),
-    ("gae", "packed", "1048576", "float32", "forward"),
-    ("whiten", "", "64x16384", "float32", "forward"),
-)
-
-
-def headline(rows: Sequence[Row]) -> str:
-    """The README's table: our best level and most threads, against torch eager and compiled."""
-    table = [["", "dtype", "", "ms", "of bandwidth", "eager", "torch.compile", "Python loop"]]
-    shown = []
-    for wanted in HEADLINES:
-        ours = [
-            r
-            for r in rows
-            if r.key[:5] == wanted and r.implementation == OURS and r.median_ms is not None
-        ]
-        if not ours:
-            continue
-        best = min(ours, key=lambda r: (-r.threads, r.median_ms or 0))
-        shown.append(best)
-        cells = []
-        for names in (("eager", "chunked"), ("compile", "chunked compile"), ("loop",)):
-            other = _find(rows, best, names)
-            ratio = _ratio(other, best)
-            mark = "\\*" if other and other.status == "extrapolated" else ""
-            cells.append(f"{_number(ratio)}x{mark}" if ratio else "")
-        share = f"{best.bandwidth_percent:.0f} %" if best.bandwidth_percent else ""
-        name = f"`{best.function}` {_case(best)}"
-        ms = _number(best.median_ms)
-        table.append([name, best.dtype, best.direction, ms, share, *cells])
-    if not shown:
-        return ""
-    first = shown[0]
-    text = (
-        f"{first.device}, {first.threads} threads, {first.isa}, torch {first.torch}, "
-        f"{first.date[:10]}:\n\n{info.markdown(table)}\n\nThe last three columns are how many "
-        "times longer torch takes: eager (for scans: as chunked matrix products), compiled by "
-        "Inductor, and a loop over the steps."
-    )
-    if any("\\*" in cell for line in table for cell in line):
-        text += " \\* extrapolated from fewer steps."
-    return text
-
-
-def _find(rows: Sequence[Row], like: Row, names: Sequence[str]) -> Row | None:
+def find(rows: Sequence[Row], like: Row, names: Sequence[str]) -> Row | None:
     return next((r for r in rows if r.case == like.case and r.implementation in names), None)
 
 
-def _ratio(other: Row | None, row: Row) -> float | None:
+def ratio_of(other: Row | None, row: Row) -> float | None:
     """How many times longer the other takes."""
     if other is None or other.median_ms is None or row.median_ms is None:
         return None
     return other.median_ms / row.median_ms
 
 
-def _case(row: Row) -> str:
+def case_name(row: Row) -> str:
     return " ".join(filter(None, (row.variant, f"[{row.size.replace('x', ', ')}]")))
 
 
@@ -323,7 +268,7 @@ def _who(row: Row) -> str:
     return f"{OURS} ({', '.join(filter(None, (row.backend, row.isa)))})"
 
 
-def _number(x: float | None) -> str:
+def number(x: float | None) -> str:
     """Three digits."""
     if x is None:
         return ""

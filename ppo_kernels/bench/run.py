@@ -25,7 +25,7 @@ from . import cases, memory
 from .baselines import UnavailableError
 from .cases import Job
 from .results import FLOOR, OURS, Row
-from .timing import Bandwidth, Call, Contestant, Times, seconds, take_turns
+from .timing import Bandwidth, Call, Contestant, Times, seconds, settle_allocator, take_turns
 
 LONGEST_CALL = 2.0  # seconds; a loop that would take longer is shortened and extrapolated
 SHORT_STEPS = 4096
@@ -100,6 +100,7 @@ class Runner:
     def rows(self, jobs: Sequence[Job]) -> Iterator[list[Row]]:
         """The rows of each job, at each number of threads in turn."""
         before = torch.get_num_threads()
+        settle_allocator()
         try:
             for threads in self.settings.threads:
                 torch.set_num_threads(threads)

@@ -36,6 +36,15 @@ class Contestant(NamedTuple):
     context: Callable[[], AbstractContextManager[Any]]
 
 
+def settle_allocator() -> None:
+    """Free one large block, as every training process soon does.
+
+    From the first of up to 32 MiB on, glibc keeps such blocks instead of giving them back to the
+    system at once. Without it, smaller results would be page faults in most of their time.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
 def seconds(call: Call, times: int, device: torch.device) -> float:
     """Seconds per call."""
     if device.type == "cuda":
