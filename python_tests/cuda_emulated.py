@@ -7,7 +7,9 @@ of `_cuda`.
 from __future__ import annotations
 
 import os
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,6 +27,14 @@ OPTIONS = [
     "-DPPOK_MODULE=_cuda_emulated",
     '-DPPOK_COMPILER="the emulator"',
     '-DPPOK_ARCHITECTURES="none"',
+]
+DEFAULTS = {"thread_order": "forward", "block_order": "forward", "resident_blocks": 4, "seed": 1}
+# What no result may depend on.
+SCHEDULES: list[dict[str, Any]] = [
+    {"thread_order": "reversed"},
+    {"thread_order": "shuffled"},
+    {"thread_order": "shuffled", "seed": 2, "block_order": "reversed"},
+    {"resident_blocks": 1, "block_order": "reversed"},
 ]
 
 
@@ -46,6 +56,7 @@ def _launch() -> tuple[Any, ...]:
     return 0, flag.data_ptr(), PROCESSORS, lambda size: _empty((size,), torch.uint8)
 
 
+@cache
 def module() -> Any:
     sources = [*sorted(SOURCES.glob("*.cu")), SOURCES / "bindings.cpp"]
     return build.load(build.extension("_cuda_emulated", sources, options=OPTIONS))
@@ -59,3 +70,13 @@ def install() -> None:
         if isinstance(kernel, partial):
             op.kernels[NAME] = partial(kernel.func, native, **kernel.keywords)
     BACKENDS[NAME] = Backend(("cpu",), None)
+
+
+@contextmanager
+def scheduled(**settings: Any) -> Iterator[None]:
+    """Run the block's kernels in this schedule."""
+    build.configure(module(), **settings)
+    try:
+        yield
+    finally:
+        build.configure(module(), **DEFAULTS)
