@@ -12,6 +12,7 @@ ScanSetting: TypeAlias = tuple[View | int | float, ...]
 version: str
 compiler: str
 openmp: bool
+cuda_off: str
 
 def isa() -> str: ...
 def supported_isas() -> list[str]: ...

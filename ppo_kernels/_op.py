@@ -4,7 +4,7 @@ An op is declared once, next to its reference (see ``ops/logprob.py``)::
 
     _FORWARD = Op("logprob_forward", "(Tensor logits, ...) -> (Tensor, Tensor)",
                   function="logprobs_from_logits", fake=_fake_forward, autograd=_autograd,
-                  cpu=cpu.logprob_forward)
+                  cpu=cpu(native.logprob_forward))
 
 and called with the name of the backend that serves it: ``_FORWARD(logits, ..., backend)``. A new
 backend is one module of functions with the same arguments plus one keyword per op, and an entry in
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import _faults, cpu, triton
+from . import _faults, cpu, cuda, triton
 
 
 class Backend(NamedTuple):
@@ -43,6 +43,7 @@ class Backend(NamedTuple):
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(("cpu",), cpu.UNAVAILABLE),
     "triton": Backend(("cuda",), triton.UNAVAILABLE),
+    "cuda": Backend(("cuda",), cuda.UNAVAILABLE),
     "torch": Backend((), None),
 }
 OPS: dict[str, Op] = {}
@@ -227,7 +228,7 @@ class Op:
         return result
 
     def _run_fake(self, *args: Any) -> Any:
-        if "cuda" in BACKENDS[args[-1]].devices:
+        if args[-1] != "cpu":
             _faults.prepare(_device(args))
         return self.fake(*args[:-1])
 

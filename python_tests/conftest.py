@@ -1,5 +1,6 @@
-"""Where the tests run, from the environment.
+"""Where the tests run, and on what.
 
+- The CUDA kernels run in the emulator, as the backend `cuda-emulated`.
 - TRITON_INTERPRET=1: the Triton kernels run on CPU tensors, in the repaired interpreter.
 - PPO_KERNELS_TEST_DEVICE=cuda: tests that make their tensors on `device.DEVICE` run there.
 - PPO_KERNELS_TEST_SHARD=2/8: the second of eight parts of the tests. On a GPU most of their time is
@@ -8,6 +9,7 @@
 
 import os
 
+import cuda_emulated
 import pytest
 import torch
 from device import DEVICE
@@ -16,6 +18,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter
 
     interpreter.install()
+
+if cuda_emulated.unavailable() is None:
+    cuda_emulated.install()
 
 if DEVICE != "cpu":
     import ppo_kernels  # noqa: F401  # which is to be imported under torch's own default

@@ -166,32 +166,8 @@ def test_classes_are_whole_blocks():
             assert all(config.block >= bound for bound, config in table.entries), name
 
 
-# ---- faults --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_faults():
+def test_the_split_reports_faults_too(monkeypatch):
     _faults._flags.clear()
-    yield
-    _faults._flags.clear()
-
-
-def test_a_label_out_of_range_gives_nan_and_is_raised_by_check(no_faults):
-    logits, tokens = example(2, 5, 40)
-    expected = results(logits, tokens)
-    tokens[0, 3], tokens[1, 1] = 40, -1
-    bad = torch.zeros_like(tokens, dtype=torch.bool)
-    bad[0, 3] = bad[1, 1] = True
-    for got, wanted in zip(results(logits, tokens), expected, strict=True):
-        assert got[bad].isnan().all()
-        assert torch.equal(got[~bad], wanted[~bad])
-    message = r"tokens: expected ids in \[0, V\) or ignore_index .* at flat position 3 in a call on"
-    with pytest.raises(ValueError, match=message):
-        pk.check()
-    pk.check()  # forgotten
-
-
-def test_the_split_reports_faults_too(no_faults, monkeypatch):
     tiny = _configs.Table((), _configs.Config(16, 1, 64))
     monkeypatch.setattr(_configs, "LOGPROB_FORWARD", tiny)
     logits, tokens = example(6, 100)
@@ -201,77 +177,6 @@ def test_the_split_reports_faults_too(no_faults, monkeypatch):
     assert "merge_kernel" in names
     with pytest.raises(ValueError, match="flat position 4"):
         pk.check(DEVICE)
-
-
-@pytest.mark.parametrize("value", [0.0, -1.0, torch.inf, torch.nan])
-def test_a_bad_temperature_is_a_fault(no_faults, value):
-    logits, tokens = example(4, 40)
-    temperature = torch.tensor([1.0, 0.5, value, 2.0], device=DEVICE)
-    got = results(logits, tokens, temperature=temperature)
-    assert got[0].isnan().tolist() == [False, False, True, False]
-    with pytest.raises(ValueError, match=r"temperature: expected finite values .* 2 in"):
-        pk.check()
-
-
-def test_masked_and_ignored_labels_are_no_faults(no_faults):
-    logits, tokens = example(3, 40)
-    tokens[0], tokens[1] = 99, -100
-    mask = torch.tensor([False, True, True], device=DEVICE)
-    got = results(logits, tokens, mask=mask)
-    assert (got[0] == 0).tolist() == [True, True, False]
-    pk.check()
-
-
-def test_rows_nobody_asks_about_have_a_zero_gradient_even_if_faulty(no_faults):
-    logits, tokens = example(2, 40)
-    tokens[0] = 40
-    leaf = logits.requires_grad_()
-    out = pk.logprobs_from_logits(leaf, tokens, backend="triton")
-    out.backward(torch.tensor([0.0, 1.0], device=DEVICE))
-    assert not leaf.grad[0].any()
-    assert leaf.grad[1].any()
-
-
-def test_debug_mode_raises_at_once(no_faults, monkeypatch):
-    logits, tokens = example(3, 40)
-    tokens[1] = -5
-    monkeypatch.setattr(_faults, "debug", True)
-    with pytest.raises(ValueError, match="flat position 1"):
-        pk.logprobs_from_logits(logits, tokens, backend="triton")
-
-
-def test_capture_refuses_what_must_wait(no_faults, monkeypatch):
-    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
-    monkeypatch.setattr(_faults, "_capturing", lambda device: True)
-    with pytest.raises(RuntimeError, match="allocates its fault flag"):
-        _faults.flag(device)
-    monkeypatch.undo()
-    _faults.flag(device)
-    monkeypatch.setattr(_faults, "_capturing", lambda device: True)
-    _faults.flag(device)
-    with pytest.raises(RuntimeError, match="check: cannot wait"):
-        pk.check()
-
-
-def test_tracing_a_graph_allocates_the_flag(no_faults):
-    """Its first run may be in memory that belongs to a CUDA graph."""
-    logits, tokens = example(3, 40)
-    seen = []
-
-    def compiler(graph, inputs):
-        seen.extend(_faults._flags.values())
-        return graph.forward
-
-    compiled = torch.compile(
-        lambda x, t: pk.logprobs_from_logits(x, t, backend="triton"),
-        fullgraph=True,
-        backend=compiler,
-    )
-    compiled(logits, tokens)
-    (flag,) = seen
-    assert type(flag) is torch.Tensor
-    assert flag.item() == _faults.NONE
-    assert list(_faults._flags) == [logits.device]
 
 
 # ---- launches ------------------------------------------------------------------------------------

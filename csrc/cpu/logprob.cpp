@@ -7,6 +7,7 @@
 #include "cpu/chunk_sums.h"
 #include "cpu/rows.h"
 #include "kernels.h"
+#include "logprob_row.h"
 
 namespace ppok {
 namespace PPOK_ISA {
@@ -14,14 +15,15 @@ namespace {
 
 // ---- logits to u: the transforms before the temperature ---------------------------------------
 
-// z = c u with u = logits and c = logit_scale / temperature; or, with a softcap,
-// u = softcap tanh(logit_scale logits / softcap) and c = 1 / temperature.
+PPOK_INLINE vfloat sech2(vfloat x) {
+  const vfloat size = bits_to_float(float_to_bits(x) & 0x7fffffff);
+  return sech2_of(vexp(-(size + size)));
+}
+inline double sech2(double x) { return sech2_of(exp(-2. * fabs(x))); }
+
 template <class Args>
 struct Transform {
   const Args& a;
-  double scale(double temperature) const {
-    return (a.softcap > 0. ? 1. : a.logit_scale) / temperature;
-  }
   PPOK_INLINE void cap(float* u, int64_t n) const {
     const float inner = static_cast<float>(a.logit_scale / a.softcap),
                 outer = static_cast<float>(a.softcap);
@@ -43,8 +45,8 @@ struct Transform {
                 gain = static_cast<float>(a.logit_scale);
     int64_t j = 0;
     for (; j + kLanes <= n; j += kLanes)
-      store(grad + j, load(grad + j) * (gain * vsech2(load(raw + j) * inner)));
-    for (; j < n; ++j) grad[j] *= gain * vsech2(splat(raw[j] * inner))[0];
+      store(grad + j, load(grad + j) * (gain * sech2(load(raw + j) * inner)));
+    for (; j < n; ++j) grad[j] *= gain * sech2(splat(raw[j] * inner))[0];
   }
   void uncap(double* grad, const double* raw, int64_t n) const {
     for (int64_t j = 0; j < n; ++j)
@@ -53,38 +55,6 @@ struct Transform {
 };
 
 // ---- one row ----------------------------------------------------------------------------------
-
-enum RowKind { kLive, kSkipped, kFaulty };
-
-template <class Args>
-struct Row {
-  int64_t position, row, col, token;
-  double temperature;
-  RowKind kind;
-  int32_t fault;
-
-  Row(const Args& a, int64_t position)
-      : position(position), row(position / a.cols), col(position % a.cols), token(0) {
-    temperature = a.temperature;
-    kind = kSkipped;
-    fault = kNoFault;
-    if (!is_live(a.mask, row, col)) return;
-    token = read_index(a.tokens, row, col);
-    if (token == a.ignore_index) return;
-    kind = kFaulty;
-    if (token < 0 || token >= a.vocab) {
-      fault = kBadToken;
-      return;
-    }
-    if (a.temperatures.data) temperature = read_one<double>(a.temperatures, row, col);
-    if (!(temperature > 0.) || temperature == INFINITY) {
-      fault = kBadTemperature;
-      return;
-    }
-    kind = kLive;
-  }
-  bool live() const { return kind == kLive; }
-};
 
 template <class T, class Args>
 inline T target_logit(const Args& a, const Row<Args>& r) {
@@ -115,9 +85,7 @@ struct Forward {
   const int64_t chunks = (a.vocab + kChunk - 1) / kChunk;
 
   Position row(int64_t i) const { return Position(a, i); }
-  double scale(const Position& r) const {
-    return Transform<LogprobForward>{a}.scale(r.temperature);
-  }
+  double scale(const Position& r) const { return scale_of(a, r.temperature); }
 
   // Chunk k of u without the target; in `buffer` where the logits themselves will not do.
   Chunk chunk(const Position& r, int64_t k, Element* buffer) const {
@@ -169,10 +137,6 @@ struct Forward {
 
 // ---- backward ---------------------------------------------------------------------------------
 
-struct Upstream {
-  double logprob, entropy;
-};
-
 // grad = c (-g_logprob p + g_entropy p (mean - z)), the target column excepted. With care (for the
 // entropy, or logits so large that x gain overflows) z is made from the difference to the maximum,
 // exact near it; without, p takes one multiply-add less.
@@ -184,9 +148,11 @@ struct GradientOfOthers {
   GradientOfOthers(const float* state, double c, Upstream g)
       : exponent(state[0], c, kCareful ? 0. : state[1] * kLog2E),
         series(kCareful ? 1.f : static_cast<float>(-g.logprob * c * exp(-kLn2 * exponent.excess))),
-        log_sum(splat(static_cast<float>(state[1] * kLog2E))),
-        constant(splat(static_cast<float>(c * (g.entropy * state[2] - g.logprob)))),
-        slope(splat(static_cast<float>(-g.entropy * c * kLn2))) {}
+        log_sum(splat(static_cast<float>(state[1] * kLog2E))) {
+    const GradientPerMass per_mass = gradient_per_mass(c, state[2], g);
+    constant = splat(static_cast<float>(per_mass.constant));
+    slope = splat(static_cast<float>(per_mass.slope * kLn2));
+  }
   PPOK_INLINE vfloat operator()(vfloat x) const {
     if (!kCareful) {
       const Power p = vexp2_nonpositive(above_zero_power(exponent(x)), series);
@@ -219,10 +185,10 @@ inline void gradient_of_others(const Element* u, Element* grad, int64_t n,
 
 inline void gradient_of_others(const double* u, double* grad, int64_t n, double c,
                                const double* state, Upstream g) {
+  const GradientPerMass per_mass = gradient_per_mass(c, state[2], g);
   for (int64_t j = 0; j < n; ++j) {
     const double z = (u[j] - state[0]) * c, p = exp(z - state[1]);
-    grad[j] = -g.logprob * c * p;
-    if (g.entropy != 0. && p != 0.) grad[j] += g.entropy * c * p * (state[2] - z);
+    grad[j] = p == 0. ? 0. : p * (per_mass.constant + per_mass.slope * z);
   }
 }
 
@@ -235,12 +201,11 @@ inline void gradient_of_others(const float* u, float* grad, int64_t n, double c,
     gradient_of_others<Columns<kF32>>(u, grad, n, GradientOfOthers<true>(state, c, g));
 }
 
-// The gradient of the target column, where the row's is exact near p = 1: 1 - p by expm1.
 template <class T>
-inline T gradient_of_target(double logprob, double u, double c, const T* state, Upstream g) {
-  const double p = exp(logprob), z = (u - state[0]) * c;
-  const double through_entropy = p != 0. ? g.entropy * p * (state[2] - z) : 0.;
-  return static_cast<T>(c * (-g.logprob * expm1(logprob) + through_entropy));
+inline T target_gradient(const LogprobBackward& a, const Row<LogprobBackward>& r, const T* state,
+                         double u, Upstream g) {
+  const double c = scale_of(a, r.temperature), z = (u - state[0]) * c;
+  return static_cast<T>(gradient_of_target(*at<T>(a.logprobs, r.position), z, c, state[2], g));
 }
 
 // Columns from .. from + n of one live row's gradient; n is at most kTile.
@@ -250,7 +215,7 @@ inline void gradient_tile(const LogprobBackward& a, const Row<LogprobBackward>& 
   alignas(64) T raw_buffer[kTile], buffer[kTile], out_buffer[kTile];
   const T* state = at<T>(a.state, 3 * r.position);
   const Transform<LogprobBackward> transform{a};
-  const double c = transform.scale(r.temperature);
+  const double c = scale_of(a, r.temperature);
   const View& out = a.grad_logits;
   void* destination = column(out, r.row, r.col, from);
   T* grad = write_target(destination, out.dtype, out.stride[2], out_buffer);
@@ -269,8 +234,7 @@ inline void gradient_tile(const LogprobBackward& a, const Row<LogprobBackward>& 
   }
   const bool holds_target = r.token >= from && r.token < from + n;
   T target = 0;
-  if (holds_target)
-    target = gradient_of_target(*at<T>(a.logprobs, r.position), u[r.token - from], c, state, g);
+  if (holds_target) target = target_gradient(a, r, state, u[r.token - from], g);
   gradient_of_others(u, grad, n, c, state, g);
   if (holds_target) grad[r.token - from] = target;
   if (a.softcap > 0.) transform.uncap(grad, raw, n);
@@ -292,9 +256,8 @@ inline void gradient_direct(const LogprobBackward& a, const Row<LogprobBackward>
   const bool holds_target = r.token >= from && r.token < from + n;
   float target = 0.f;
   if (holds_target)
-    target = gradient_of_target(
-        *at<float>(a.logprobs, r.position), Columns::to_float(u[r.token - from]),
-        Transform<LogprobBackward>{a}.scale(r.temperature), at<float>(a.state, 3 * r.position), g);
+    target = target_gradient(a, r, at<float>(a.state, 3 * r.position),
+                             Columns::to_float(u[r.token - from]), g);
   gradient_of_others<Columns>(u, made, n, gradient);
   if (holds_target) made[r.token - from] = Columns::from_float(target);
   if (stream) stream_out(to, made, n * sizeof(Element));
@@ -331,7 +294,7 @@ void backward_direct(const LogprobBackward& a) {
   const bool stream = a.grad_logits.data != a.logits.data && size >= kStreamBytes;
   backward(a, [&](const Row<LogprobBackward>& r, Upstream g, int64_t from, int64_t n) {
     const float* state = at<float>(a.state, 3 * r.position);
-    const double c = Transform<LogprobBackward>{a}.scale(r.temperature);
+    const double c = scale_of(a, r.temperature);
     const GradientOfOthers<false> plain(state, c, g);
     const bool careful = g.entropy != 0. || plain.exponent.overflows();
     const GradientOfOthers<true> exact(state, c, g);

@@ -16,10 +16,6 @@ constexpr int64_t kWorthThreads =
 constexpr int64_t kBackwardChunk = 4096, kTile = 1024;  // elementwise: three tiles fit the cache
 constexpr int64_t kStreamBytes = 32 << 20;  // a gradient no cache would hold until it is read
 
-PPOK_INLINE char* column(const View& logits, int64_t row, int64_t col, int64_t v) {
-  return address(logits, row, col) + v * logits.stride[2] * element_size(logits.dtype);
-}
-
 template <class T>
 PPOK_INLINE T* at(const View& contiguous, int64_t i) {
   return static_cast<T*>(contiguous.data) + i;

@@ -419,13 +419,6 @@ PPOK_INLINE vfloat vtanh(vfloat x) {
   return select(size < splat(0.625f), small, signed_large);
 }
 
-// 1 - tanh(x)^2, by exponentials: relative accuracy in the tails.
-PPOK_INLINE vfloat vsech2(vfloat x) {
-  const vfloat size = bits_to_float(float_to_bits(x) & 0x7fffffff);
-  const vfloat e = vexp(-(size + size));
-  return 4.f * e / ((1.f + e) * (1.f + e));
-}
-
 typedef int64_t vlong __attribute__((vector_size(PPOK_VECTOR_BYTES)));
 
 // As many bytes as a vector has doubles.
@@ -470,10 +463,5 @@ PPOK_INLINE float max_lanes(vfloat x) {
 }
 
 // The same functions on one double: fp64 inputs take the plain path.
-PPOK_INLINE double sech2(double x) {
-  const double e = exp(-2. * fabs(x));
-  return 4. * e / ((1. + e) * (1. + e));
-}
-
 }  // namespace PPOK_ISA
 }  // namespace ppok

@@ -4,27 +4,10 @@
 // contiguous and of the right dtype is read in place.
 #pragma once
 #include "cpu/simd.h"
-#include "kernels.h"
+#include "view.h"
 
 namespace ppok {
 namespace PPOK_ISA {
-
-PPOK_INLINE int64_t element_size(int32_t dtype) {
-  switch (dtype) {
-    case kF64:
-    case kI64:
-      return 8;
-    case kF32:
-    case kI32:
-      return 4;
-    case kBF16:
-    case kF16:
-    case kI16:
-      return 2;
-    default:
-      return 1;
-  }
-}
 
 template <class T>
 struct DTypeOf;
@@ -36,11 +19,6 @@ template <>
 struct DTypeOf<double> {
   static constexpr int32_t value = kF64;
 };
-
-PPOK_INLINE char* address(const View& v, int64_t row, int64_t col) {
-  return static_cast<char*>(v.data) +
-         (row * v.stride[0] + col * v.stride[1]) * element_size(v.dtype);
-}
 
 inline float half_bits_to_float(uint16_t bits, bool bf16) {
   uint16_t lanes[kLanes] = {bits};
@@ -200,20 +178,6 @@ PPOK_INLINE T read_one(const View& v, int64_t row, int64_t col) {
   T value;
   read_strided(address(v, row, col), v.dtype, 1, 1, &value);
   return value;
-}
-
-PPOK_INLINE int64_t read_index(const View& v, int64_t row, int64_t col) {
-  const void* p = address(v, row, col);
-  return v.dtype == kI64 ? *static_cast<const int64_t*>(p) : *static_cast<const int32_t*>(p);
-}
-
-// Any nonzero counts as live, whatever the mask's dtype; an absent mask is live everywhere.
-inline bool is_live(const View& mask, int64_t row, int64_t col) {
-  if (!mask.data) return true;
-  const void* p = address(mask, row, col);
-  if (mask.dtype == kI64) return *static_cast<const int64_t*>(p) != 0;
-  return element_size(mask.dtype) == 1 ? *static_cast<const uint8_t*>(p) != 0
-                                       : read_one<double>(mask, row, col) != 0.;
 }
 
 // Tokens [from, from + n) in row-major order; `read` is read_run or read_live_run.

@@ -14,22 +14,31 @@ namespace PPOK_ISA {
 
 // Sum over j of exp((u_j - max) c) = at_max + rest; slope = sum of exp((u_j - max) c) (u_j - max)
 // c. The empty state is {-inf, 0, 0, 0}. A NaN element makes rest NaN and leaves max alone.
-struct RowSums {
-  double max, at_max, rest, slope;
+template <class S>
+struct PartialSums {
+  S max, at_max, rest, slope;
 };
+using RowSums = PartialSums<double>;
 
 PPOK_HD inline RowSums empty_row() { return {-INFINITY, 0., 0., 0.}; }
 
+// The same sums against a larger maximum; weight = exp(gap), and the gap has the slope's unit.
+template <class S>
+PPOK_HD inline PartialSums<S> rebase(const PartialSums<S>& low, S max, S gap, S weight) {
+  const S mass = low.at_max + low.rest;  // gap * mass is 0 where the weight is: not -inf * 0
+  return {max, S(0), weight * mass, weight == S(0) ? S(0) : weight * (low.slope + gap * mass)};
+}
+
 PPOK_HD inline RowSums merge(const RowSums& a, const RowSums& b, double c) {
-  const RowSums& high = a.max >= b.max ? a : b;
-  const RowSums& low = a.max >= b.max ? b : a;
+  const RowSums high = a.max >= b.max ? a : b;
+  const RowSums low = a.max >= b.max ? b : a;
   if (low.max == -INFINITY)
     return {high.max, high.at_max, high.rest + low.rest, high.slope + low.slope};
   if (low.max == high.max)
     return {high.max, a.at_max + b.at_max, a.rest + b.rest, a.slope + b.slope};
-  const double gap = (low.max - high.max) * c, weight = exp(gap), mass = low.at_max + low.rest;
-  return {high.max, high.at_max, high.rest + weight * mass,
-          high.slope + weight * (low.slope + gap * mass)};
+  const double gap = (low.max - high.max) * c;
+  const RowSums rebased = rebase(low, high.max, gap, exp(gap));
+  return {high.max, high.at_max, high.rest + rebased.rest, high.slope + rebased.slope};
 }
 
 PPOK_HD inline double highest(const RowSums& sums) { return sums.max; }
@@ -53,6 +62,36 @@ PPOK_HD inline RowResult finish(const RowSums& others, double target, double c) 
   const double log_sum = row.at_max == 1. ? log1p(row.rest) : log(row.at_max + row.rest);
   const double mean = row.slope / (row.at_max + row.rest);
   return {0. - softplus(others_minus_target), log_sum - mean, row.max, log_sum, mean};
+}
+
+// ---- gradient, of g_logprob log p(target) + g_entropy H -----------------------------------------
+
+struct Upstream {
+  double logprob, entropy;
+};
+
+// d / dx_j = p_j (constant + slope z_j) for j other than the target; z = (u - max) c.
+struct GradientPerMass {
+  double constant, slope;
+};
+
+PPOK_HD inline GradientPerMass gradient_per_mass(double c, double mean, Upstream g) {
+  return {c * (g.entropy * mean - g.logprob), -g.entropy * c};
+}
+
+// The target column, where the row's gradient is exact near p = 1: 1 - p by expm1.
+PPOK_HD inline double gradient_of_target(double logprob, double z, double c, double mean,
+                                         Upstream g) {
+  const double p = exp(logprob), through_entropy = p != 0. ? g.entropy * p * (mean - z) : 0.;
+  return c * (-g.logprob * expm1(logprob) + through_entropy);
+}
+
+// ---- softcap: u = softcap tanh(inner x), z = u / temperature ------------------------------------
+
+// 1 - tanh(x)^2 from e = exp(-2 |x|): relative accuracy in the tails.
+template <class V>
+PPOK_HD inline V sech2_of(V e) {
+  return e * 4.f / ((e + 1.f) * (e + 1.f));
 }
 
 }  // namespace PPOK_ISA

@@ -1,17 +1,15 @@
-"""The `cpu` backend: hands tensors to the C++ kernels of `_C` as pointers, sizes and strides.
-
-One module per op family; each function has the arguments of its op's schema. Shapes, dtypes and
-devices were checked by the public function; what only the data can tell (label range, temperatures,
-offsets) is checked by the kernel and raised here.
-"""
+"""The `cpu` backend: the C++ kernels of the module `_C`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..native import Native
 
 try:
     from .. import _C as _C
@@ -22,46 +20,6 @@ except Exception as error:
     UNAVAILABLE = (
         f"the compiled module ppo_kernels._C did not load ({type(error).__name__}: {error})"
     )
-
-# The order of enum DType in csrc/kernels.h.
-DTYPE_CODES = {
-    dtype: code
-    for code, dtype in enumerate(
-        (
-            torch.float32,
-            torch.bfloat16,
-            torch.float16,
-            torch.float64,
-            torch.bool,
-            torch.uint8,
-            torch.int8,
-            torch.int16,
-            torch.int32,
-            torch.int64,
-        )
-    )
-}
-
-
-def rows(t: Tensor | None, inner: int = 0) -> tuple[int, ...] | None:
-    """A [B, T] tensor, or a [N] one as a single row, then `inner` more dimensions, for a kernel."""
-    if t is None:
-        return None
-    strides = t.stride()
-    missing = 2 + inner - len(strides)
-    if missing:
-        strides = (0,) * missing + strides
-    return (t.data_ptr(), DTYPE_CODES[t.dtype], *strides)
-
-
-def pointer(t: Tensor) -> tuple[int, ...]:
-    """A contiguous tensor, for a kernel that addresses it by flat position."""
-    return (t.data_ptr(), DTYPE_CODES[t.dtype])
-
-
-def two_leading(t: Tensor, inner: int = 0) -> Tensor:
-    """More than two leading dimensions become two: a view if the strides allow it, else a copy."""
-    return t.flatten(0, -2 - inner) if t.dim() > 2 + inner else t
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -78,14 +36,12 @@ def empty_large(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return t
 
 
-def two_leading_each(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The same for several; the caller holds on to the copies while a kernel runs on them."""
-    return tuple(t if t is None or t.dim() <= 2 else t.flatten(0, -2) for t in tensors)
+NATIVE = Native(_C, empty, empty_large, torch.get_num_threads)
 
 
-def rows_cols(t: Tensor) -> tuple[int, int]:
-    shape = t.shape
-    return (1, 1) if not shape else (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of `native`, on this backend."""
+    return partial(function, NATIVE)
 
 
 def supported_isas() -> list[str]:
@@ -105,4 +61,9 @@ def set_isa(name: str) -> None:
 
 def build() -> dict[str, str | bool]:
     """How the compiled module was made."""
-    return {"version": _C.version, "compiler": _C.compiler, "openmp": _C.openmp}
+    return {
+        "version": _C.version,
+        "compiler": _C.compiler,
+        "openmp": _C.openmp,
+        "cuda_off": _C.cuda_off,
+    }

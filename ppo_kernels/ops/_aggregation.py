@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import _checks
 from .._op import OPS, Op, forbid_double_backward
-from ..cpu import losses as cpu
+from ..cpu import kernel as cpu
+from ..native import losses as native
 from ..triton import kernel as triton
 
 # In the order of enum Aggregation in csrc/kernels.h.
@@ -202,6 +203,6 @@ _SCALE = Op(
     "(Tensor gradient, Tensor upstream, ScalarType dtype) -> Tensor",
     function="clipped_loss",
     fake=lambda gradient, upstream, dtype: gradient.new_empty(gradient.shape, dtype=dtype),
-    cpu=cpu.scale_gradient,
+    cpu=cpu(native.scale_gradient),
     triton=triton("losses", "scale_gradient"),
 )

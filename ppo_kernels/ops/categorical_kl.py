@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
-from ..cpu import categorical_kl as cpu
+from ..cpu import kernel as cpu
+from ..native import categorical_kl as native
 from ..triton import kernel as triton
 
 
@@ -143,7 +144,7 @@ _FORWARD = Op(
     function="categorical_kl",
     fake=_fake_forward,
     autograd=_autograd,
-    cpu=cpu.categorical_kl_forward,
+    cpu=cpu(native.categorical_kl_forward),
     triton=triton("categorical_kl", "categorical_kl_forward"),
 )
 _BACKWARD = Op(
@@ -152,6 +153,6 @@ _BACKWARD = Op(
     f"{_SETTINGS}) -> Tensor",
     function="categorical_kl",
     fake=lambda grad_kl, logits, *args: logits.new_empty(logits.shape),
-    cpu=cpu.categorical_kl_backward,
+    cpu=cpu(native.categorical_kl_backward),
     triton=triton("categorical_kl", "categorical_kl_backward"),
 )

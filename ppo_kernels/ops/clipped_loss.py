@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .. import _checks
 from .._op import Op, count
-from ..cpu import losses as cpu
+from ..cpu import kernel as cpu
 from ..metrics import POLICY_STATS, PolicyMetrics
+from ..native import losses as native
 from ..triton import kernel as triton
 from . import _aggregation
 from ._aggregation import Batch, Frame
@@ -274,6 +275,6 @@ _LOSS = Op(
     function="clipped_loss",
     fake=_fake,
     autograd=lambda *args: _aggregation.autograd("clipped_loss", *args),
-    cpu=cpu.clipped_loss,
+    cpu=cpu(native.clipped_loss),
     triton=triton("losses", "clipped_loss"),
 )

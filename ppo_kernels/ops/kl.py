@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
-from ..cpu import kl as cpu
+from ..cpu import kernel as cpu
+from ..native import kl as native
 from ..triton import kernel as triton
 
-ESTIMATORS = cpu.ESTIMATORS
+ESTIMATORS = native.ESTIMATORS
 
 
 def kl_penalty(
@@ -186,7 +187,7 @@ _FORWARD = Op(
     function="kl_penalty",
     fake=_fake_forward,
     autograd=_autograd,
-    cpu=cpu.kl_forward,
+    cpu=cpu(native.kl_forward),
     triton=triton("kl", "kl_forward"),
 )
 BACKWARD = Op(
@@ -195,6 +196,6 @@ BACKWARD = Op(
     "float log_ratio_clamp) -> Tensor",
     function="kl_penalty",
     fake=lambda grad, logprobs, *args: logprobs.new_empty(logprobs.shape),
-    cpu=cpu.kl_backward,
+    cpu=cpu(native.kl_backward),
     triton=triton("kl", "kl_backward"),
 )

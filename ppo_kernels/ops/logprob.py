@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
-from ..cpu import logprob as cpu
+from ..cpu import kernel as cpu
+from ..cuda import kernel as cuda
+from ..native import logprob as native
 from ..triton import kernel as triton
 
 
@@ -303,7 +305,8 @@ _FORWARD = Op(
     function="logprobs_from_logits",
     fake=_fake_forward,
     autograd=_autograd,
-    cpu=cpu.logprob_forward,
+    cpu=cpu(native.logprob_forward),
+    cuda=cuda(native.logprob_forward),
     triton=triton("logprob", "logprob_forward"),
 )
 _BACKWARD_SCHEMA = (
@@ -316,7 +319,8 @@ _BACKWARD = Op(
     _BACKWARD_SCHEMA.format("", "Tensor"),
     function="logprobs_from_logits",
     fake=_fake_backward,
-    cpu=cpu.logprob_backward,
+    cpu=cpu(native.logprob_backward),
+    cuda=cuda(native.logprob_backward),
     triton=triton("logprob", "logprob_backward"),
 )
 _BACKWARD_INPLACE = Op(
@@ -324,6 +328,7 @@ _BACKWARD_INPLACE = Op(
     _BACKWARD_SCHEMA.format("(a!)", "()"),
     function="logprobs_from_logits",
     fake=lambda *args: None,
-    cpu=cpu.logprob_backward_,
+    cpu=cpu(native.logprob_backward_),
+    cuda=cuda(native.logprob_backward_),
     triton=triton("logprob", "logprob_backward_"),
 )

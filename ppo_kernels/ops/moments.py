@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
-from ..cpu import moments as cpu
+from ..cpu import kernel as cpu
+from ..native import moments as native
 from ..triton import kernel as triton
 
 
@@ -284,7 +286,7 @@ _SUM: Op = Op(
     function="masked_sum",
     fake=_fake_reduce,
     autograd=lambda *args: _autograd_reduce(_SUM, *args),
-    cpu=lambda *args: cpu.masked_reduce(*args, mean=False),
+    cpu=cpu(partial(native.masked_reduce, mean=False)),
     triton=triton("moments", "masked_sum"),
 )
 _MEAN: Op = Op(
@@ -293,7 +295,7 @@ _MEAN: Op = Op(
     function="masked_mean",
     fake=_fake_reduce,
     autograd=lambda *args: _autograd_reduce(_MEAN, *args),
-    cpu=lambda *args: cpu.masked_reduce(*args, mean=True),
+    cpu=cpu(partial(native.masked_reduce, mean=True)),
     triton=triton("moments", "masked_mean"),
 )
 _MOMENTS = Op(
@@ -301,7 +303,7 @@ _MOMENTS = Op(
     "(Tensor x, Tensor? mask) -> Tensor",
     function="whiten",
     fake=_fake_moments,
-    cpu=cpu.moments,
+    cpu=cpu(native.moments),
     triton=triton("moments", "moments"),
 )
 _WHITEN = Op(
@@ -310,7 +312,7 @@ _WHITEN = Op(
     function="whiten",
     fake=lambda x, *args: (_fake_apply(x), _fake_moments(x)),
     autograd=_autograd_whiten,
-    cpu=cpu.whiten_forward,
+    cpu=cpu(native.whiten_forward),
     triton=triton("moments", "whiten_forward"),
 )
 _APPLY = Op(
@@ -318,7 +320,7 @@ _APPLY = Op(
     "(Tensor x, Tensor? mask, Tensor moments, bool shift_mean, bool unbiased, float eps) -> Tensor",
     function="whiten",
     fake=_fake_apply,
-    cpu=cpu.whiten_apply,
+    cpu=cpu(native.whiten_apply),
     triton=triton("moments", "whiten_apply"),
 )
 _WHITEN_BACKWARD = Op(
@@ -327,6 +329,6 @@ _WHITEN_BACKWARD = Op(
     "float eps) -> Tensor",
     function="whiten",
     fake=lambda grad, x, *args: x.new_empty(x.shape),
-    cpu=cpu.whiten_backward,
+    cpu=cpu(native.whiten_backward),
     triton=triton("moments", "whiten_backward"),
 )

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
-from ..cpu import kl as cpu
+from ..cpu import kernel as cpu
+from ..native import kl as native
 from ..triton import kernel as triton
 from . import kl
 
@@ -211,6 +212,6 @@ _FORWARD = Op(
     function="shape_rewards",
     fake=_fake,
     autograd=_autograd,
-    cpu=cpu.shape_rewards,
+    cpu=cpu(native.shape_rewards),
     triton=triton("kl", "shape_rewards"),
 )

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
-from ..cpu import scan as cpu
+from ..cpu import kernel as cpu
+from ..native import scan as native
 from ..triton import kernel as triton
 
 CONVENTIONS = ("carry", "zero", "truncate")
@@ -225,7 +226,7 @@ class Scan:
             function=function,
             fake=_fake_forward,
             autograd=self._autograd,
-            cpu=cpu.scan_forward,
+            cpu=cpu(native.scan_forward),
             triton=triton("scan", "scan_forward"),
         )
         self.backward = Op(
@@ -234,7 +235,7 @@ class Scan:
             "-> (Tensor, Tensor, Tensor, Tensor)",
             function=function,
             fake=_fake_backward,
-            cpu=cpu.scan_backward,
+            cpu=cpu(native.scan_backward),
             triton=triton("scan", "scan_backward"),
         )
 
@@ -268,7 +269,7 @@ class Scan:
         if served_by == "torch":
             count(self.function, "torch")
             if not torch.compiler.is_compiling() and rewards.device.type == "cpu":
-                cpu.check_contents(rewards, cu_seqlens, lams, value_lams)
+                native.check_contents(rewards, cu_seqlens, lams, value_lams)
             return _reference(
                 rewards, values, next_values, bootstrap, mask, convention, cu_seqlens,
                 terminated, truncated, gamma, lam, lam if value_lam is None else value_lam,

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import _checks
 from .._op import Op, count
-from ..cpu import losses as cpu
+from ..cpu import kernel as cpu
 from ..metrics import VALUE_STATS, ValueMetrics
+from ..native import losses as native
 from ..triton import kernel as triton
 from . import _aggregation
 from ._aggregation import Batch, Frame
@@ -164,6 +165,6 @@ _LOSS = Op(
     function="value_loss",
     fake=_fake,
     autograd=lambda *args: _aggregation.autograd("value_loss", *args),
-    cpu=cpu.value_loss,
+    cpu=cpu(native.value_loss),
     triton=triton("losses", "value_loss"),
 )

@@ -11,7 +11,6 @@ tests compile for any GPU what the public functions launch.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,8 +21,6 @@ from ._configs import Config
 
 # Only NVIDIA's compiler takes a limit of registers.
 NVIDIA = torch.version.hip is None
-# Programs that fill a device which cannot be asked.
-_PROCESSORS = 132
 
 
 def launch(kernel: Any, programs: int, *args: Any, config: Config, **constants: Any) -> None:
@@ -41,14 +38,6 @@ def launch(kernel: Any, programs: int, *args: Any, config: Config, **constants: 
 def _lanes(active: Any) -> int:
     """Of a warp of the driver's devices."""
     return active.get_current_target().warp_size
-
-
-@lru_cache
-def processors(device: torch.device) -> int:
-    """How many multiprocessors the device has."""
-    if device.type != "cuda":
-        return _PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def strides(t: Tensor | None, inner: int = 0) -> tuple[int, ...]:

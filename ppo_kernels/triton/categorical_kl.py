@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
-from ..cpu import two_leading, two_leading_each
+from ..native import two_leading, two_leading_each
 from . import _configs
 from ._launch import as_bytes, launch, processors, strides
 from ._math import (

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks, _faults
-from ..cpu import two_leading_each
-from ..cpu.kl import ESTIMATORS
+from ..native import two_leading_each
+from ..native.kl import ESTIMATORS
 from . import _configs
 from ._launch import as_bytes, launch, strides
 from ._math import BAD_COEFFICIENT, INF, clamp, exponential, isnan, report_fault

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
-from ..cpu import two_leading_each
+from ..native import two_leading_each
 from . import _configs
 from ._configs import Config
 from ._launch import as_bytes, launch, strides

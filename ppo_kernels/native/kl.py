@@ -1,4 +1,4 @@
-"""kl_forward, kl_backward and shape_rewards on the CPU."""
+"""kl_forward, kl_backward and shape_rewards."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from . import _C, empty, pointer, rows, rows_cols, two_leading_each
+from . import Native, pointer, rows, rows_cols, two_leading_each
 
 # The order of enum Estimator in csrc/math/kl.h.
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
 
 def kl_forward(
+    native: Native,
     logprobs: Tensor,
     ref_logprobs: Tensor,
     mask: Tensor | None,
@@ -20,16 +21,17 @@ def kl_forward(
     gradient: str,
     clamp: float,
 ) -> Tensor:
-    kl = empty(logprobs.shape, _checks.compute_dtype(logprobs, ref_logprobs))
+    kl = native.empty(logprobs.shape, _checks.compute_dtype(logprobs, ref_logprobs))
     logprobs, ref_logprobs, mask = two_leading_each(logprobs, ref_logprobs, mask)
-    _C.kl_forward(
+    native.module.kl_forward(
         rows(logprobs), rows(ref_logprobs), rows(mask), *rows_cols(logprobs),
-        ESTIMATORS.index(estimator), clamp, pointer(kl), torch.get_num_threads(),
+        ESTIMATORS.index(estimator), clamp, pointer(kl), native.target(),
     )  # fmt: skip
     return kl
 
 
 def kl_backward(
+    native: Native,
     grad_kl: Tensor,
     logprobs: Tensor,
     ref_logprobs: Tensor,
@@ -37,16 +39,17 @@ def kl_backward(
     gradient: str,
     clamp: float,
 ) -> Tensor:
-    grad = empty(logprobs.shape, logprobs.dtype)
+    grad = native.empty(logprobs.shape, logprobs.dtype)
     grad_kl, logprobs, ref_logprobs, mask = two_leading_each(grad_kl, logprobs, ref_logprobs, mask)
-    _C.kl_backward(
+    native.module.kl_backward(
         rows(grad_kl), rows(logprobs), rows(ref_logprobs), rows(mask), *rows_cols(logprobs),
-        ESTIMATORS.index(gradient), clamp, pointer(grad), torch.get_num_threads(),
+        ESTIMATORS.index(gradient), clamp, pointer(grad), native.target(),
     )  # fmt: skip
     return grad
 
 
 def shape_rewards(
+    native: Native,
     scores: Tensor,
     logprobs: Tensor,
     ref_logprobs: Tensor,
@@ -61,12 +64,12 @@ def shape_rewards(
         kl_coef = kl_coefs.item()
         _checks.number("kl_coef", kl_coef, low=0)
     dtype = _checks.compute_dtype(scores, logprobs, ref_logprobs)
-    rewards, kl = empty(logprobs.shape, dtype), empty(logprobs.shape, dtype)
-    last = empty(scores.shape, torch.int64)
-    fault = _C.shape_rewards(
+    rewards, kl = native.empty(logprobs.shape, dtype), native.empty(logprobs.shape, dtype)
+    last = native.empty(scores.shape, torch.int64)
+    fault = native.module.shape_rewards(
         rows(scores), rows(logprobs), rows(ref_logprobs), rows(mask), rows(cu_seqlens),
         *rows_cols(logprobs), scores.shape[0], ESTIMATORS.index(estimator), kl_coef, clamp,
-        pointer(rewards), pointer(kl), pointer(last), torch.get_num_threads(),
+        pointer(rewards), pointer(kl), pointer(last), native.target(),
     )  # fmt: skip
     if fault is not None:
         assert cu_seqlens is not None

@@ -1,4 +1,4 @@
-"""scan_forward and scan_backward on the CPU."""
+"""scan_forward and scan_backward."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from . import _C, empty, rows, rows_cols
+from . import Native, rows, rows_cols
 
 
 def scan_forward(
+    native: Native,
     rewards: Tensor,
     values: Tensor | None,
     next_values: Tensor | None,
@@ -23,12 +24,12 @@ def scan_forward(
         for t in (rewards, values, next_values, bootstrap)
     )
     dtype = torch.float64 if double else torch.float32
-    returns = empty(rewards.shape, dtype)
-    advantages = empty((0,) if values is None else rewards.shape, dtype)
-    fault = _C.scan_forward(
+    returns = native.empty(rewards.shape, dtype)
+    advantages = native.empty((0,) if values is None else rewards.shape, dtype)
+    fault = native.module.scan_forward(
         rows(rewards), rows(values), rows(next_values), rows(bootstrap),
         _setting(rewards, *setting),
-        None if values is None else rows(advantages), rows(returns), torch.get_num_threads(),
+        None if values is None else rows(advantages), rows(returns), native.target(),
     )  # fmt: skip
     if fault is not None:
         check_contents(rewards, *setting[3:6])
@@ -36,22 +37,22 @@ def scan_forward(
 
 
 def scan_backward(
-    grad_advantages: Tensor | None, grad_returns: Tensor | None, *args: Any
+    native: Native, grad_advantages: Tensor | None, grad_returns: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
     *setting, needs = args
     grad = grad_advantages if grad_advantages is not None else grad_returns
     assert grad is not None
     sequences = _sequences(grad, setting[3])
     results = tuple(
-        empty(shape if needed else (0,), grad.dtype)
+        native.empty(shape if needed else (0,), grad.dtype)
         for needed, shape in zip(needs, (grad.shape,) * 3 + ((sequences,),), strict=True)
     )
     to_rewards, to_values, to_next_values, to_bootstrap = (
         rows(t) if needed else None for needed, t in zip(needs, results, strict=True)
     )
-    _C.scan_backward(
+    native.module.scan_backward(
         rows(grad_advantages), rows(grad_returns), _setting(grad, *setting),
-        to_rewards, to_values, to_next_values, to_bootstrap, torch.get_num_threads(),
+        to_rewards, to_values, to_next_values, to_bootstrap, native.target(),
     )  # fmt: skip
     return results
 

@@ -1,4 +1,4 @@
-"""logprob_forward and logprob_backward on the CPU."""
+"""logprob_forward and logprob_backward."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from . import _C, empty, empty_large, rows, rows_cols, two_leading
+from . import Native, rows, rows_cols, two_leading
 
 
 def logprob_forward(
+    native: Native,
     logits: Tensor,
     tokens: Tensor,
     mask: Tensor | None,
@@ -25,36 +26,37 @@ def logprob_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     shape = tokens.shape
-    logprobs = empty(shape, dtype)
-    entropies = empty(shape if entropy else (0,), dtype)
-    state = empty((*shape, 3), dtype)
+    logprobs = native.empty(shape, dtype)
+    entropies = native.empty(shape if entropy else (0,), dtype)
+    state = native.empty((*shape, 3), dtype)
     if len(shape) > 2:
         logits, tokens = two_leading(logits, 1), two_leading(tokens)
         mask = mask if mask is None else two_leading(mask)
         temperatures = temperatures if temperatures is None else two_leading(temperatures)
-    fault = _C.logprob_forward(
+    fault = native.module.logprob_forward(
         rows(logits, 1), rows(tokens), rows(mask), rows(temperatures),
         *rows_cols(tokens), logits.shape[-1], ignore_index, temperature, softcap, logit_scale,
         rows(two_leading(logprobs)), rows(two_leading(entropies)) if entropy else None,
-        rows(two_leading(state, 1), 1), torch.get_num_threads(),
+        rows(two_leading(state, 1), 1), native.target(),
     )  # fmt: skip
     if fault is not None:
         _checks.raise_row_fault(fault, logits.shape[-1], tokens, temperatures)
     return logprobs, entropies, state
 
 
-def logprob_backward(*args: Any) -> Tensor:
+def logprob_backward(native: Native, *args: Any) -> Tensor:
     logits: Tensor = args[2]
-    grad = empty_large(logits.shape, logits.dtype)
-    _logprob_backward(grad, *args)
+    grad = native.empty_large(logits.shape, logits.dtype)
+    _logprob_backward(native, grad, *args)
     return grad
 
 
-def logprob_backward_(*args: Any) -> None:
-    _logprob_backward(args[2], *args)
+def logprob_backward_(native: Native, *args: Any) -> None:
+    _logprob_backward(native, args[2], *args)
 
 
 def _logprob_backward(
+    native: Native,
     grad_logits: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
@@ -78,9 +80,9 @@ def _logprob_backward(
             t if t is None else two_leading(t)
             for t in (grad_logprobs, grad_entropy, mask, temperatures)
         )
-    _C.logprob_backward(
+    native.module.logprob_backward(
         rows(grad_logprobs), rows(grad_entropy), rows(logits, 1), rows(tokens), rows(mask),
         rows(temperatures), rows(logprobs), rows(state, 1),
         *rows_cols(tokens), logits.shape[-1], ignore_index, temperature, softcap, logit_scale,
-        rows(grad_logits, 1), torch.get_num_threads(),
+        rows(grad_logits, 1), native.target(),
     )  # fmt: skip

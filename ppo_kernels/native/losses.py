@@ -1,4 +1,4 @@
-"""clipped_loss, value_loss and scale_gradient on the CPU."""
+"""clipped_loss, value_loss and scale_gradient."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .. import _checks
 from ..metrics import POLICY_STATS, VALUE_STATS
-from . import _C, empty, rows, rows_cols
+from . import Native, rows, rows_cols
 
 
 def clipped_loss(
+    native: Native,
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
@@ -25,7 +26,8 @@ def clipped_loss(
     *frame: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _run(
-        _C.clipped_loss,
+        native,
+        native.module.clipped_loss,
         (logprobs, old_logprobs, advantages),
         (advantages.shape != logprobs.shape, variant, clip_low, clip_high,
          _or_inf(dual_clip), _or_inf(log_ratio_clamp)),
@@ -35,6 +37,7 @@ def clipped_loss(
 
 
 def value_loss(
+    native: Native,
     values: Tensor,
     old_values: Tensor | None,
     returns: Tensor,
@@ -43,7 +46,8 @@ def value_loss(
     *frame: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _run(
-        _C.value_loss,
+        native,
+        native.module.value_loss,
         (values, old_values, returns),
         (_or_inf(clip), _or_inf(huber_delta)),
         len(VALUE_STATS),
@@ -51,11 +55,13 @@ def value_loss(
     )
 
 
-def scale_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    scaled = empty(gradient.shape, dtype)
+def scale_gradient(
+    native: Native, gradient: Tensor, upstream: Tensor, dtype: torch.dtype
+) -> Tensor:
+    scaled = native.empty(gradient.shape, dtype)
     flat = gradient.contiguous().view(-1)
-    _C.scale_gradient(
-        rows(flat), rows(upstream), flat.shape[0], rows(scaled.view(-1)), torch.get_num_threads()
+    native.module.scale_gradient(
+        rows(flat), rows(upstream), flat.shape[0], rows(scaled.view(-1)), native.target()
     )
     return scaled
 
@@ -65,6 +71,7 @@ def _or_inf(bound: float | None) -> float:
 
 
 def _run(
+    native: Native,
     kernel: Any,
     tokens: tuple[Tensor, Tensor | None, Tensor],
     settings: tuple[Any, ...],
@@ -82,9 +89,9 @@ def _run(
     for t in tokens:
         if t is not None and t.dtype == torch.float64:
             dtype = torch.float64
-    loss = torch.empty((), dtype=dtype)
-    stats = torch.empty(stats_size, dtype=torch.float64)
-    gradient = empty(live.shape if needs_gradient else (0,), dtype)
+    loss = native.empty((), dtype)
+    stats = native.empty((stats_size,), torch.float64)
+    gradient = native.empty(live.shape if needs_gradient else (0,), dtype)
     sequences = live.shape[0] if live.dim() == 2 else 0
     if cu_seqlens is not None:
         sequences = cu_seqlens.shape[0] - 1
@@ -93,7 +100,7 @@ def _run(
         rows(mask), rows(cu_seqlens), rows(denominator), *rows_cols(live), sequences,
         aggregation, -1.0 if divisor is None else divisor, norm_length or 1.0,
         rows(loss), rows(stats), rows(gradient) if needs_gradient else None,
-        torch.get_num_threads(),
+        native.target(),
     )  # fmt: skip
     if fault is not None:
         assert cu_seqlens is not None

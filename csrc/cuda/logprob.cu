@@ -1,0 +1,383 @@
+// Log-probability of one token per row of logits, with entropy, and its gradient.
+//
+// A row is cut into segments from column 0 on, one block each: a thread sums the columns that fall
+// to it against their running maximum, the block's threads are added in a fixed tree against the
+// segment's maximum, and a second kernel merges the segments of a row in order, in double. All of
+// that depends on the vocabulary and the dtype alone, so neither the batch nor the alignment of a
+// row nor the grid can change its bits; and few long rows keep as many blocks busy as many.
+#include "cuda/block.cuh"
+#include "cuda/element.cuh"
+#include "cuda/exp2.cuh"
+#include "cuda/launchers.h"
+#include "logprob_row.h"
+#include "math/logprob.h"
+
+namespace ppok {
+namespace PPOK_ISA {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kVectors = 4;  // that a thread has in flight: 64 bytes
+// Blocks that a multiprocessor has registers for.
+template <class E, bool kSoftcap>
+constexpr int kResident = sizeof(E) == 8 ? 2
+                          : kSoftcap     ? 3
+                                         : 4;
+constexpr int kSteps = 4;  // of a segment: 64 KiB
+template <class E>
+constexpr int kStep = kThreads * kVectors * kLanes<E>;  // columns that a block has in flight
+template <class E>
+constexpr int kSegment = kSteps * kStep<E>;
+
+// The first column of this thread's vector v, in a step.
+template <class E>
+__device__ inline int offset_of(int v) {
+  return (v * kThreads + threadIdx.x) * kLanes<E>;
+}
+
+// The columns of a segment of a row, counted from `from` on, which may be before the row.
+template <class E>
+struct Columns {
+  E* data;
+  int64_t stride;
+  int begin, end;  // the columns that there are
+  bool vectors;    // they can be read and written 16 bytes at a time
+
+  __device__ Columns(const View& logits, int64_t row, int64_t col, int64_t from, int64_t vocab)
+      : data(reinterpret_cast<E*>(address(logits, row, col)) + from * logits.stride[2]),
+        stride(logits.stride[2]),
+        begin(from < 0 ? static_cast<int>(-from) : 0),
+        end(vocab - from < kSegment<E> ? static_cast<int>(vocab - from) : kSegment<E>),
+        vectors(stride == 1 && is_aligned(data)) {}
+
+  // The column so many after `from`, or -1 if it is not of this segment.
+  __device__ int index_of(int64_t offset) const {
+    return offset >= begin && offset < end ? static_cast<int>(offset) : -1;
+  }
+  __device__ E& operator[](int j) const { return data[j * stride]; }
+
+  // This thread's vectors of the step from j on, those in [first, last).
+  __device__ void load_step(int j, int first, int last, Lanes<E> (&x)[kVectors]) const {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = j + offset_of<E>(v);
+      if (at >= first && at < last) x[v] = load_streaming<E, kLanes<E>>(data + at);
+    }
+  }
+};
+
+// Logits to u, and du / dlogits: see scale_of.
+template <class T, bool kSoftcap>
+struct Transform {
+  T inner, outer, gain;
+  template <class Args>
+  __device__ explicit Transform(const Args& a)
+      : inner(static_cast<T>(a.logit_scale / a.softcap)),
+        outer(static_cast<T>(a.softcap)),
+        gain(static_cast<T>(a.logit_scale)) {}
+  __device__ T operator()(T x) const { return kSoftcap ? outer * tanh(inner * x) : x; }
+  __device__ T slope(T x) const {
+    constexpr T kMinusTwoLog2E = static_cast<T>(-2. * kLog2E);
+    return kSoftcap ? gain * sech2_of(power_of_two(kMinusTwoLog2E * fabs(inner * x))) : T(1);
+  }
+};
+
+// ---- forward ------------------------------------------------------------------------------------
+
+// What one thread has summed; the slope is in units of log 2. Without the entropy all mass is in
+// `rest`.
+template <class T, bool kEntropy>
+struct Running {
+  PartialSums<T> sums{-INFINITY, T(0), T(0), T(0)};
+
+  template <int n>
+  __device__ void add(const T (&u)[n], T gain) {
+    T top = u[0];
+#pragma unroll
+    for (int k = 1; k < n; ++k) top = larger(top, u[k]);
+    if (top > sums.max) {
+      const T gap = (sums.max - top) * gain;
+      sums = rebase(sums, top, gap, power_of_two(gap));
+    }
+    const T reference = sums.max == -INFINITY ? T(0) : sums.max;
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      const T above = u[k] - reference, y = above * gain, e = power_of_two(y);
+      if (kEntropy) {
+        if (above == T(0))
+          sums.at_max += T(1);
+        else
+          sums.rest += e;
+        sums.slope = fma(e, larger(y, T(-FLT_MAX)), sums.slope);  // 0 where e is, not 0 * -inf
+      } else {
+        sums.rest += e;
+      }
+    }
+  }
+
+  // The sums of all threads of the block.
+  __device__ RowSums of_block(double gain) const {
+    const T max = block_max<kThreads>(sums.max);
+    PartialSums<T> own = sums;
+    if (own.max < max) {
+      const double gap = (static_cast<double>(own.max) - max) * gain;
+      own = rebase(own, max, static_cast<T>(gap), power_of_two_wide<T>(gap));
+    }
+    const T parts[3] = {own.at_max, own.rest, own.slope};
+    double total[3];
+    block_sum<kThreads>(parts, total);
+    return {max, total[0], total[1], total[2] * kLn2};
+  }
+};
+
+template <class E, bool kEntropy, bool kSoftcap>
+__global__ void __launch_bounds__(kThreads, kResident<E, kSoftcap>)
+    sum_segments(const LogprobForward a, int segments, RowSums* sums) {
+  using T = Compute<E>;
+  const Row<LogprobForward> r(a, blockIdx.x / segments);
+  if (r.kind != kLive) return;
+  const int64_t from = static_cast<int64_t>(blockIdx.x % segments) * kSegment<E>;
+  const Columns<E> columns(a.logits, r.row, r.col, from, a.vocab);
+  const int target = columns.index_of(r.token - from);
+  const double gain = scale_of(a, r.temperature) * kLog2E;
+  const Transform<T, kSoftcap> transform(a);
+
+  Running<T, kEntropy> running;
+  const auto add = [&](const Lanes<E>& x, int j, bool whole) {
+    T u[kLanes<E>];
+#pragma unroll
+    for (int k = 0; k < kLanes<E>; ++k) {
+      u[k] = transform(widen(x[k]));
+      if (!whole && (j + k == target || j + k >= columns.end)) u[k] = -INFINITY;
+    }
+    running.add(u, static_cast<T>(gain));
+  };
+
+  const int last = columns.vectors ? columns.end / kLanes<E> * kLanes<E> : 0;
+  Lanes<E> next[kVectors] = {};
+  columns.load_step(0, 0, last, next);
+  for (int step = 0; step < last; step += kStep<E>) {
+    Lanes<E> x[kVectors];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) x[v] = next[v];
+    columns.load_step(step + kStep<E>, 0, last, next);
+    const int after = step + kStep<E>;
+    const bool whole = after <= last && (target < step || target >= after);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v)
+      if (whole || step + offset_of<E>(v) < last) add(x[v], step + offset_of<E>(v), whole);
+  }
+  // What is not aligned, or less than a vector: the same columns to the same threads.
+  for (int j = threadIdx.x * kLanes<E>; j < columns.end; j += kThreads * kLanes<E>) {
+    if (j < last) continue;
+    Lanes<E> x{};
+#pragma unroll
+    for (int k = 0; k < kLanes<E>; ++k)
+      if (j + k < columns.end) x[k] = columns[j + k];
+    add(x, j, false);
+  }
+  const RowSums total = running.of_block(gain);
+  if (threadIdx.x == 0) sums[blockIdx.x] = total;
+}
+
+template <class T>
+__device__ void write(const LogprobForward& a, int64_t i, const RowResult& result) {
+  at<T>(a.logprobs, i) = static_cast<T>(result.logprob);
+  if (a.entropy.data) at<T>(a.entropy, i) = static_cast<T>(result.entropy);
+  at<T>(a.state, 3 * i) = static_cast<T>(result.max);
+  at<T>(a.state, 3 * i + 1) = static_cast<T>(result.log_sum);
+  at<T>(a.state, 3 * i + 2) = static_cast<T>(result.mean);
+}
+
+// One thread per row.
+template <class E, bool kSoftcap>
+__global__ void __launch_bounds__(kThreads)
+    finish_rows(const LogprobForward a, int segments, const RowSums* sums, int64_t* fault) {
+  using T = Compute<E>;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= a.rows * a.cols) return;
+  const Row<LogprobForward> r(a, i);
+  if (r.kind != kLive) {
+    if (r.kind == kFaulty) report_fault(fault, i, r.fault);
+    const double fill = r.kind == kFaulty ? NAN : 0.;
+    return write<T>(a, i, {fill, fill, fill, fill, fill});
+  }
+  const double c = scale_of(a, r.temperature);
+  RowSums others = empty_row();
+  for (int segment = 0; segment < segments; ++segment)
+    others = merge(others, sums[i * segments + segment], c);
+  const Columns<E> target(a.logits, r.row, r.col, r.token, a.vocab);
+  const T u = Transform<T, kSoftcap>(a)(widen(target[0]));
+  write<T>(a, i, finish(others, u, c));
+}
+
+template <class E>
+int64_t segments_of(int64_t vocab) {
+  return (vocab + kSegment<E> - 1) / kSegment<E>;
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+// The gradient of one row, without the softcap's factor.
+template <class T, bool kEntropy>
+struct Gradient {
+  const LogprobBackward& a;
+  const Row<LogprobBackward>& r;
+  Upstream g;
+  T max, gain, log_sum, constant, slope;
+
+  __device__ Gradient(const LogprobBackward& a, const Row<LogprobBackward>& r, Upstream g)
+      : a(a), r(r), g(g), max(at<T>(a.state, 3 * r.position)) {
+    const double c = scale_of(a, r.temperature);
+    const GradientPerMass per_mass = gradient_per_mass(c, mean(), g);
+    gain = static_cast<T>(c * kLog2E);
+    log_sum = static_cast<T>(at<T>(a.state, 3 * r.position + 1) * kLog2E);
+    constant = static_cast<T>(per_mass.constant);
+    slope = static_cast<T>(per_mass.slope * kLn2);
+  }
+  __device__ T operator()(T u) const {
+    const T y = (u - max) * gain, p = power_of_two(y - log_sum);
+    constexpr T kNoMass = -2048;  // 0 where p is, not 0 * -inf
+    return p * (kEntropy ? fma(slope, larger(y, kNoMass), constant) : constant);
+  }
+  __device__ double mean() const { return at<T>(a.state, 3 * r.position + 2); }
+  __device__ double of_target(double u) const {
+    const double c = scale_of(a, r.temperature), z = (u - max) * c;
+    return gradient_of_target(at<T>(a.logprobs, r.position), z, c, mean(), g);
+  }
+};
+
+// Where the columns of a gradient's segments are counted from: a vector before or at the row's
+// first, so that the gradient can be written in whole vectors.
+template <class E>
+__device__ inline int64_t lead_of(const View& grad_logits, int64_t row, int64_t col) {
+  return reinterpret_cast<uintptr_t>(address(grad_logits, row, col)) % kVectorBytes / sizeof(E);
+}
+
+// grad_logits may be logits: a thread writes what it alone has read.
+template <class E, bool kEntropy, bool kSoftcap>
+__global__ void __launch_bounds__(kThreads, kResident<E, kSoftcap>)
+    make_gradient(const LogprobBackward a, int segments) {
+  using T = Compute<E>;
+  const Row<LogprobBackward> r(a, blockIdx.x / segments);
+  const int64_t from = static_cast<int64_t>(blockIdx.x % segments) * kSegment<E> -
+                       lead_of<E>(a.grad_logits, r.row, r.col);
+  if (from >= a.vocab) return;
+  const Columns<E> logits(a.logits, r.row, r.col, from, a.vocab);
+  const Columns<E> grad(a.grad_logits, r.row, r.col, from, a.vocab);
+
+  Upstream g{0., 0.};
+  if (r.kind != kSkipped && a.grad_logprobs.data)
+    g.logprob = read_one<double>(a.grad_logprobs, r.row, r.col);
+  if (r.kind != kSkipped && a.grad_entropy.data)
+    g.entropy = read_one<double>(a.grad_entropy, r.row, r.col);
+  const bool asked = g.logprob != 0. || g.entropy != 0.;
+  const bool vectors = grad.vectors && logits.vectors;
+  // Whole vectors: [first, last).
+  int first = grad.end, last = grad.end;
+  if (vectors) {
+    first = min((grad.begin + kLanes<E> - 1) / kLanes<E> * kLanes<E>, grad.end);
+    last = max(first, grad.end / kLanes<E> * kLanes<E>);
+  }
+  const auto narrow_columns = [&](auto&& one) {
+    for (int j = grad.begin + threadIdx.x; j < first; j += kThreads) grad[j] = one(j);
+    for (int j = last + threadIdx.x; j < grad.end; j += kThreads) grad[j] = one(j);
+  };
+  if (!asked || r.kind != kLive) {  // the logits are not read
+    const E fill = narrow<E>(asked ? T(NAN) : T(0));
+    Lanes<E> filled;
+#pragma unroll
+    for (int k = 0; k < kLanes<E>; ++k) filled[k] = fill;
+    for (int j = threadIdx.x * kLanes<E>; j < last; j += kThreads * kLanes<E>)
+      if (j >= first) store_streaming<E, kLanes<E>>(grad.data + j, filled);
+    narrow_columns([&](int) { return fill; });
+    return;
+  }
+
+  const Gradient<T, kEntropy> gradient(a, r, g);
+  const Transform<T, kSoftcap> transform(a);
+  const auto of = [&](E x) {
+    const T raw = widen(x);
+    return narrow<E>(gradient(transform(raw)) * transform.slope(raw));
+  };
+  const int target = grad.index_of(r.token - from);
+  T raw_target = 0;
+  if (target >= 0) {
+    raw_target = widen(logits[target]);
+    __syncthreads();  // in place it is overwritten from here on
+  }
+  Lanes<E> next[kVectors];
+  logits.load_step(0, first, last, next);
+  for (int step = 0; step < last; step += kStep<E>) {
+    Lanes<E> x[kVectors];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) x[v] = next[v];
+    logits.load_step(step + kStep<E>, first, last, next);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int j = step + offset_of<E>(v);
+      if (j < first || j >= last) continue;
+#pragma unroll
+      for (int k = 0; k < kLanes<E>; ++k) x[v][k] = of(x[v][k]);
+      store_streaming<E, kLanes<E>>(grad.data + j, x[v]);
+    }
+  }
+  narrow_columns([&](int j) { return of(logits[j]); });
+  if (target >= 0) {
+    __syncthreads();
+    if (threadIdx.x == 0)
+      grad[target] = narrow<E>(static_cast<T>(gradient.of_target(transform(raw_target))) *
+                               transform.slope(raw_target));
+  }
+}
+
+}  // namespace
+
+// ---- launchers ----------------------------------------------------------------------------------
+
+int64_t logprob_forward_workspace(const LogprobForward& a) {
+  int64_t segments = 0;
+  with_element(a.logits.dtype, [&](auto element) {
+    segments = segments_of<decltype(element)>(a.vocab);
+    return nullptr;
+  });
+  return a.rows * a.cols * segments * static_cast<int64_t>(sizeof(RowSums));
+}
+
+const char* logprob_forward(const LogprobForward& a, const Launch& to) {
+  if (to.workspace_bytes < logprob_forward_workspace(a)) return "the workspace is too small";
+  RowSums* sums = static_cast<RowSums*>(to.workspace);
+  const int64_t rows = a.rows * a.cols, blocks = (rows + kThreads - 1) / kThreads;
+  return with_element(a.logits.dtype, [&](auto element) {
+    using E = decltype(element);
+    const int64_t segments = segments_of<E>(a.vocab);
+    const bool entropy = a.entropy.data != nullptr, softcap = a.softcap > 0.;
+    const auto sum = entropy ? softcap ? sum_segments<E, true, true> : sum_segments<E, true, false>
+                     : softcap ? sum_segments<E, false, true>
+                               : sum_segments<E, false, false>;
+    const auto finish = softcap ? finish_rows<E, true> : finish_rows<E, false>;
+    const int n = static_cast<int>(segments);
+    const char* error = launch(sum, rows * segments, kThreads, 0, to.stream, a, n, sums);
+    if (error) return error;
+    return launch(finish, blocks, kThreads, 0, to.stream, a, n, sums, to.fault);
+  });
+}
+
+int64_t logprob_backward_workspace(const LogprobBackward&) { return 0; }
+
+const char* logprob_backward(const LogprobBackward& a, const Launch& to) {
+  return with_element(a.logits.dtype, [&](auto element) {
+    using E = decltype(element);
+    const int64_t segments = segments_of<E>(a.vocab + kLanes<E> - 1);
+    const bool entropy = a.grad_entropy.data != nullptr, softcap = a.softcap > 0.;
+    const auto kernel = entropy
+                            ? softcap ? make_gradient<E, true, true> : make_gradient<E, true, false>
+                        : softcap ? make_gradient<E, false, true>
+                                  : make_gradient<E, false, false>;
+    return launch(kernel, a.rows * a.cols * segments, kThreads, 0, to.stream, a,
+                  static_cast<int>(segments));
+  });
+}
+
+}  // namespace PPOK_ISA
+}  // namespace ppok
