@@ -7,6 +7,7 @@
 #include <functional>
 #include <vector>
 
+#include "cuda_emulator.h"
 #include "planted.cuh"
 
 namespace {
@@ -36,17 +37,17 @@ std::vector<float> numbers(int n) {
   return x;
 }
 
-bool sum_rows_is_right(Bug bug) {
+bool means_are_right(Bug bug) {
   const int rows = 8, n = 300;
   const auto x = numbers(rows * n);
   std::vector<float> y(rows);
   const size_t dynamic = bug == kTooMuchShared ? emulator::config.shared_bytes - 1024 : 0;
-  run(sum_rows, rows, kThreads, dynamic, x.data(), y.data(), n, bug);
+  run(mean_of_rows, rows, kThreads, dynamic, x.data(), y.data(), n, bug);
   bool right = true;
   for (int row = 0; row < rows; ++row) {
     float sum = 0.f;
     for (int i = 0; i < n; ++i) sum += x[row * n + i];
-    right &= y[row] == sum;
+    right &= y[row] == sum / n;
   }
   return right;
 }
@@ -91,27 +92,29 @@ struct Plant {
   Bug bug;
 };
 constexpr Plant kPlants[] = {
-    {"missing_barrier", sum_rows_is_right, kMissingBarrier},
-    {"different_barriers", sum_rows_is_right, kDifferentBarriers},
-    {"early_exit", sum_rows_is_right, kEarlyExit},
-    {"deadlock", sum_rows_is_right, kDeadlock},
-    {"shared_write", sum_rows_is_right, kSharedWrite},
-    {"shared_read", sum_rows_is_right, kSharedRead},
-    {"global_read", sum_rows_is_right, kGlobalRead},
-    {"misaligned", sum_rows_is_right, kMisaligned},
-    {"half_width", sum_rows_is_right, kHalfWidth},
-    {"odd_width", sum_rows_is_right, kOddWidth},
-    {"divergent_mask", sum_rows_is_right, kDivergentMask},
-    {"lane_outside_mask", sum_rows_is_right, kLaneOutsideMask},
-    {"foreign_lane", sum_rows_is_right, kForeignLane},
-    {"too_much_shared", sum_rows_is_right, kTooMuchShared},
-    {"overflow", sum_rows_is_right, kOverflow},
-    {"busy_wait", sum_rows_is_right, kBusyWait},
+    {"missing_barrier", means_are_right, kMissingBarrier},
+    {"reused_too_soon", means_are_right, kReusedTooSoon},
+    {"different_barriers", means_are_right, kDifferentBarriers},
+    {"early_exit", means_are_right, kEarlyExit},
+    {"deadlock", means_are_right, kDeadlock},
+    {"shared_write", means_are_right, kSharedWrite},
+    {"shared_read", means_are_right, kSharedRead},
+    {"global_read", means_are_right, kGlobalRead},
+    {"misaligned", means_are_right, kMisaligned},
+    {"half_width", means_are_right, kHalfWidth},
+    {"odd_width", means_are_right, kOddWidth},
+    {"divergent_mask", means_are_right, kDivergentMask},
+    {"lane_outside_mask", means_are_right, kLaneOutsideMask},
+    {"foreign_lane", means_are_right, kForeignLane},
+    {"too_much_shared", means_are_right, kTooMuchShared},
+    {"overflow", means_are_right, kOverflow},
+    {"busy_wait", means_are_right, kBusyWait},
     {"static_tiles", prefix_sums_are_right, kStaticTiles},
     {"plain_flag", prefix_sums_are_right, kPlainFlag},
     {"relaxed_flag", prefix_sums_are_right, kRelaxedFlag},
     {"missing_fence", total_is_right, kMissingFence},
     {"missing_syncwarp", reverse_warps_is_right, kMissingSyncwarp},
+    {"shuffle_for_syncwarp", reverse_warps_is_right, kShuffleForSyncwarp},
     {"dynamic_write", reverse_warps_is_right, kDynamicWrite},
 };
 

@@ -80,7 +80,10 @@ int Worker::choose(unsigned bits) {
 int Worker::pick() {
   while (!ready_) {
     if (live_ == 0) return -1;
-    if (!polling_) fail(this, "deadlock: every thread of a block waits for another");
+    if (!polling_) {
+      thread_ = -1;  // waits too
+      fail(this, "deadlock: every thread of a block waits for another");
+    }
     for (unsigned rest = polling_; rest; rest &= rest - 1) {
       Warp& warp = warps_[lowest(rest)];
       warp.runnable = std::exchange(warp.polling, 0);
@@ -97,9 +100,9 @@ int Worker::pick() {
 
 // Lets the next thread run; returns when this one is the next.
 void Worker::go_on() {
+  switches.store(switches.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   const int me = thread_, next = pick();
   if (next == me) return;
-  switches.store(switches.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   indices.thread.x = thread_ = next;
   threads_[me]->fiber.switch_to(next < 0 ? base_ : threads_[next]->fiber);
 }
