@@ -85,7 +85,10 @@ __global__ void __launch_bounds__(kThreads) mean_of_rows(const float* x, float* 
   }
   if (bug == kEarlyExit && threadIdx.x >= 32) return;
   sum = block_sum(sum, bug);
-  if (bug != kReusedTooSoon) __syncthreads();
+  if (bug == kReusedTooSoon)
+    __syncwarp();
+  else
+    __syncthreads();
   count = block_sum(count, bug);
   if (threadIdx.x == 0) y[blockIdx.x] = sum / count;
 }
