@@ -94,7 +94,7 @@ def _depends_on(depfile: Path) -> list[str]:
 
 
 def _compile(source: Path, flags: Sequence[str]) -> Path:
-    command = [compiler(), *flags, "-MMD", "-c", str(source)]
+    command = [compiler(), *FLAGS, *flags, "-MMD", "-c", str(source)]
     if source.suffix == ".cu":
         command[-1:] = ["-include", str(HERE / "cuda_emulator.h"), "-x", "c++", str(source)]
     key = _digest(_compiler_version(), *command)
@@ -116,7 +116,12 @@ def _compile(source: Path, flags: Sequence[str]) -> Path:
 
 
 def _link(
-    name: str, sources: Iterable[Path], sanitize: str, options: Sequence[str], extra: Sequence[str]
+    name: str,
+    sources: Iterable[Path],
+    sanitize: str,
+    options: Sequence[str] = (),
+    link: Sequence[str] = (),
+    ucontext: bool = False,
 ) -> Path:
     """Compile, over the runtime, and link, unless the same has been linked before."""
     reason = unavailable()
@@ -124,16 +129,15 @@ def _link(
         raise RuntimeError(reason)
     headers = ["-isystem", str(cuda_headers()), f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
     instrumented = [*SANITIZERS[sanitize], *([f"-fsanitize={sanitize}"] if sanitize else [])]
-    plain = [*FLAGS, *headers, "-O2", "-g1"]
-    work = [(source.resolve(), [*FLAGS, *headers, *instrumented, *options]) for source in sources]
-    runtime = [option for option in options if option.startswith("-DEMULATOR_")]
-    work += [(file, [*plain, *runtime]) for file in sorted((HERE / "runtime").glob("*.cpp"))]
+    work = [(source.resolve(), [*headers, *instrumented, *options]) for source in sources]
+    runtime = [*headers, *SANITIZERS[""], *(["-DEMULATOR_UCONTEXT"] if ucontext else [])]
+    work += [(file, runtime) for file in sorted((HERE / "runtime").glob("*.cpp"))]
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(lambda item: _compile(*item), work))
-        command = [compiler(), "-pthread", *instrumented, *extra, *map(str, objects)]
+        command = [compiler(), "-pthread", *instrumented, *link, *map(str, objects)]
         out = CACHE / _digest(*command)[:16] / name
         linked, contents = out.parent / "linked", _digest(*(o.read_bytes() for o in objects))
         if not linked.exists() or linked.read_text() != contents:
@@ -144,10 +148,9 @@ def _link(
     return out
 
 
-def program(
-    name: str, sources: Iterable[Path], sanitize: str = "", options: Sequence[str] = ()
-) -> Path:
-    return _link(name, sources, sanitize, options, [])
+def program(name: str, sources: Iterable[Path], sanitize: str = "", ucontext: bool = False) -> Path:
+    """`ucontext`: fibers switch as where there is no assembly for it."""
+    return _link(name, sources, sanitize, ucontext=ucontext)
 
 
 def extension(

@@ -1,7 +1,5 @@
 // Kernels with bugs planted in them, one at a time, which the emulator has to notice. kNone: right.
 #pragma once
-#include <cuda_runtime.h>
-
 #include "cuda/device.cuh"
 
 namespace planted {
@@ -10,8 +8,9 @@ using namespace ppok;
 
 enum Bug {
   kNone,
-  // sum_rows
+  // mean_of_rows
   kMissingBarrier,
+  kReusedTooSoon,
   kDifferentBarriers,
   kEarlyExit,
   kDeadlock,
@@ -35,6 +34,7 @@ enum Bug {
   kMissingFence,
   // reverse_warps
   kMissingSyncwarp,
+  kShuffleForSyncwarp,
   kDynamicWrite,
 };
 
@@ -52,7 +52,6 @@ __device__ inline float block_sum(float x, Bug bug) {
   const int warp = threadIdx.x / 32;
   x = warp_sum(x, bug);
   if (threadIdx.x % 32 == 0) sums[bug == kSharedWrite ? warp + 1 : warp] = x;
-  if (bug == kEarlyExit && warp == 1) return 0.f;
   if (bug == kDeadlock && threadIdx.x % 32 < 16) __syncwarp();
   if (bug == kDifferentBarriers && warp == 1)
     __syncthreads();
@@ -64,13 +63,14 @@ __device__ inline float block_sum(float x, Bug bug) {
   return sum;
 }
 
-// y[row] = sum of x[row, :]. A block per row of n elements, n a multiple of 4.
-__global__ void __launch_bounds__(kThreads) sum_rows(const float* x, float* y, int n, Bug bug) {
+// y[row] = mean of x[row, :]. A block per row of n elements, n a multiple of 4.
+__global__ void __launch_bounds__(kThreads) mean_of_rows(const float* x, float* y, int n, Bug bug) {
   const float* row = x + static_cast<int64_t>(blockIdx.x) * n + (bug == kMisaligned);
-  float sum = 0.f;
+  float sum = 0.f, count = 0.f;
   for (int i = 4 * threadIdx.x; i < n + (bug == kGlobalRead); i += 4 * kThreads) {
     const Vector<float, 4> v = load_streaming<float, 4>(row + i);
     sum += (v[0] + v[1]) + (v[2] + v[3]);
+    count += 4.f;
   }
   if (bug == kDivergentMask) __syncwarp(threadIdx.x % 32 < 16 ? 0x0001ffffu : ~0u);
   if (bug == kLaneOutsideMask) __syncwarp(0x0000ffffu);
@@ -83,8 +83,14 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const float* x, float* y, i
     PPOK_SHARED(float, more, 1024);
     more[threadIdx.x] = sum;
   }
+  if (bug == kEarlyExit && threadIdx.x >= 32) return;
   sum = block_sum(sum, bug);
-  if (threadIdx.x == 0) y[blockIdx.x] = sum;
+  if (bug == kReusedTooSoon)
+    __syncwarp();
+  else
+    __syncthreads();
+  count = block_sum(count, bug);
+  if (threadIdx.x == 0) y[blockIdx.x] = sum / count;
 }
 
 struct Tile {
@@ -163,7 +169,10 @@ __global__ void __launch_bounds__(kThreads) reverse_warps(const float* x, float*
   float* buffer = dynamic_shared<float>();
   const int i = blockIdx.x * kThreads + threadIdx.x, lane = threadIdx.x % 32;
   buffer[threadIdx.x + (bug == kDynamicWrite)] = x[i];
-  if (bug != kMissingSyncwarp) __syncwarp();
+  if (bug == kShuffleForSyncwarp)
+    __shfl_sync(~0u, lane, 0);
+  else if (bug != kMissingSyncwarp)
+    __syncwarp();
   y[i] = buffer[threadIdx.x - lane + 31 - lane];
 }
 

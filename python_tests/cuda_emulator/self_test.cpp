@@ -7,6 +7,7 @@
 #include <functional>
 #include <vector>
 
+#include "cuda_emulator.h"
 #include "planted.cuh"
 
 namespace {
@@ -36,17 +37,17 @@ std::vector<float> numbers(int n) {
   return x;
 }
 
-bool sum_rows_is_right(Bug bug) {
+bool means_are_right(Bug bug) {
   const int rows = 8, n = 300;
   const auto x = numbers(rows * n);
   std::vector<float> y(rows);
   const size_t dynamic = bug == kTooMuchShared ? emulator::config.shared_bytes - 1024 : 0;
-  run(sum_rows, rows, kThreads, dynamic, x.data(), y.data(), n, bug);
+  run(mean_of_rows, rows, kThreads, dynamic, x.data(), y.data(), n, bug);
   bool right = true;
   for (int row = 0; row < rows; ++row) {
     float sum = 0.f;
     for (int i = 0; i < n; ++i) sum += x[row * n + i];
-    right &= y[row] == sum;
+    right &= y[row] == sum / n;
   }
   return right;
 }
@@ -91,27 +92,29 @@ struct Plant {
   Bug bug;
 };
 constexpr Plant kPlants[] = {
-    {"missing_barrier", sum_rows_is_right, kMissingBarrier},
-    {"different_barriers", sum_rows_is_right, kDifferentBarriers},
-    {"early_exit", sum_rows_is_right, kEarlyExit},
-    {"deadlock", sum_rows_is_right, kDeadlock},
-    {"shared_write", sum_rows_is_right, kSharedWrite},
-    {"shared_read", sum_rows_is_right, kSharedRead},
-    {"global_read", sum_rows_is_right, kGlobalRead},
-    {"misaligned", sum_rows_is_right, kMisaligned},
-    {"half_width", sum_rows_is_right, kHalfWidth},
-    {"odd_width", sum_rows_is_right, kOddWidth},
-    {"divergent_mask", sum_rows_is_right, kDivergentMask},
-    {"lane_outside_mask", sum_rows_is_right, kLaneOutsideMask},
-    {"foreign_lane", sum_rows_is_right, kForeignLane},
-    {"too_much_shared", sum_rows_is_right, kTooMuchShared},
-    {"overflow", sum_rows_is_right, kOverflow},
-    {"busy_wait", sum_rows_is_right, kBusyWait},
+    {"missing_barrier", means_are_right, kMissingBarrier},
+    {"reused_too_soon", means_are_right, kReusedTooSoon},
+    {"different_barriers", means_are_right, kDifferentBarriers},
+    {"early_exit", means_are_right, kEarlyExit},
+    {"deadlock", means_are_right, kDeadlock},
+    {"shared_write", means_are_right, kSharedWrite},
+    {"shared_read", means_are_right, kSharedRead},
+    {"global_read", means_are_right, kGlobalRead},
+    {"misaligned", means_are_right, kMisaligned},
+    {"half_width", means_are_right, kHalfWidth},
+    {"odd_width", means_are_right, kOddWidth},
+    {"divergent_mask", means_are_right, kDivergentMask},
+    {"lane_outside_mask", means_are_right, kLaneOutsideMask},
+    {"foreign_lane", means_are_right, kForeignLane},
+    {"too_much_shared", means_are_right, kTooMuchShared},
+    {"overflow", means_are_right, kOverflow},
+    {"busy_wait", means_are_right, kBusyWait},
     {"static_tiles", prefix_sums_are_right, kStaticTiles},
     {"plain_flag", prefix_sums_are_right, kPlainFlag},
     {"relaxed_flag", prefix_sums_are_right, kRelaxedFlag},
     {"missing_fence", total_is_right, kMissingFence},
     {"missing_syncwarp", reverse_warps_is_right, kMissingSyncwarp},
+    {"shuffle_for_syncwarp", reverse_warps_is_right, kShuffleForSyncwarp},
     {"dynamic_write", reverse_warps_is_right, kDynamicWrite},
 };
 
@@ -165,10 +168,13 @@ struct Votes {
   int signed_add, signed_least, signed_most;
 };
 
-// Lanes of the mask and the others vote at the same time, each among themselves.
+// Lanes of the mask and the others vote at the same time, each among themselves, while some may
+// already wait for all.
 __global__ void vote_all(const unsigned* values, unsigned mask, Votes* out) {
   const int i = threadIdx.x;
   const unsigned mine = mask >> i % 32 & 1 ? mask : ~mask, value = values[i];
+  if (mine == mask) __syncwarp(mask);
+  __syncwarp();
   Votes& v = out[i];
   v.ballot = __ballot_sync(mine, value & 1);
   v.any = __any_sync(mine, value & 1);
@@ -305,14 +311,14 @@ void test_block() {
 
 // ---- launches, schedules and settings -----------------------------------------------------------
 
-__global__ void log_order(int* log, int* count) {
-  log[atomicAdd(count, 1)] = blockIdx.x * blockDim.x + threadIdx.x;
+__global__ void log_order(int* log, int* count, int times) {
+  for (int i = 0; i < times; ++i) log[atomicAdd(count, 1)] = blockIdx.x * blockDim.x + threadIdx.x;
 }
 
-std::vector<int> order_of(int blocks, int threads) {
-  std::vector<int> log(blocks * threads);
+std::vector<int> order_of(int blocks, int threads, int times = 1) {
+  std::vector<int> log(blocks * threads * times);
   int count = 0;
-  run(log_order, blocks, threads, 0, log.data(), &count);
+  run(log_order, blocks, threads, 0, log.data(), &count, times);
   return log;
 }
 
@@ -331,16 +337,20 @@ void test_orders() {
   CHECK(first != forward && first == order_of(2, 96));
   emulator::config.seed = 2;
   CHECK(first != order_of(2, 96));
+  int changes = 0;  // of the thread, from one atomic operation to the next
+  const auto twice = order_of(1, 96, 2);
+  for (int i = 0; i < 191; ++i) changes += twice[i] != twice[i + 1];
+  CHECK(changes > 96);
   emulator::config = {};
 }
 
 void test_launches() {
   int* none = nullptr;
-  CHECK(launch(log_order, 0, 32, 0, nullptr, none, none) == nullptr);
-  for (int threads : {0, 1025}) CHECK(launch(log_order, 1, threads, 0, nullptr, none, none));
-  CHECK(launch(log_order, -1, 32, 0, nullptr, none, none));
-  CHECK(launch(log_order, int64_t{1} << 31, 32, 0, nullptr, none, none));
-  CHECK(launch(log_order, 1, 32, emulator::config.shared_bytes + 1, nullptr, none, none));
+  CHECK(launch(log_order, 0, 32, 0, nullptr, none, none, 1) == nullptr);
+  for (int threads : {0, 1025}) CHECK(launch(log_order, 1, threads, 0, nullptr, none, none, 1));
+  CHECK(launch(log_order, -1, 32, 0, nullptr, none, none, 1));
+  CHECK(launch(log_order, int64_t{1} << 31, 32, 0, nullptr, none, none, 1));
+  CHECK(launch(log_order, 1, 32, emulator::config.shared_bytes + 1, nullptr, none, none, 1));
   CHECK(order_of(1, 1024).size() == 1024);
   for (int i = 0; i < 1000; ++i) order_of(1 + i % 7, 1 + i % 65);
 }
@@ -387,6 +397,9 @@ int main(int argc, char** argv) {
   }
   for (const Plant& plant : kPlants)
     if (!strcmp(plant.name, argv[1])) {
+      // Earlier blocks with more shared memory: theirs is not that of the next.
+      std::vector<float> fresh(8 * 128);
+      run(read_fresh_shared, 8, 64, 1024, fresh.data());
       const bool right = plant.is_right(plant.bug);
       puts(right ? "right" : "wrong result");
       return !right;

@@ -85,7 +85,7 @@ void complete_shuffle(Worker& worker, unsigned group) {
     if (!(group >> source & 1))
       fail(&worker,
            text("%s: lane %d reads lane %d, which %s", worker.stop_of(lane).str().c_str(), lane,
-                source, offer[lane].mask >> source & 1 ? "has exited" : "is not in the mask"));
+                source, offer[lane].mask >> source & 1 ? "does not run" : "is not in the mask"));
     // Of constant sizes: a call of memcpy would be seen by ThreadSanitizer.
     if (offer[lane].bytes == 2) memcpy(offer[lane].result, offer[source].value, 2);
     if (offer[lane].bytes == 4) memcpy(offer[lane].result, offer[source].value, 4);

@@ -80,7 +80,10 @@ int Worker::choose(unsigned bits) {
 int Worker::pick() {
   while (!ready_) {
     if (live_ == 0) return -1;
-    if (!polling_) fail(this, "deadlock: every thread of a block waits for another");
+    if (!polling_) {
+      thread_ = -1;  // waits too
+      fail(this, "deadlock: every thread of a block waits for another");
+    }
     for (unsigned rest = polling_; rest; rest &= rest - 1) {
       Warp& warp = warps_[lowest(rest)];
       warp.runnable = std::exchange(warp.polling, 0);
@@ -97,9 +100,9 @@ int Worker::pick() {
 
 // Lets the next thread run; returns when this one is the next.
 void Worker::go_on() {
+  switches.store(switches.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   const int me = thread_, next = pick();
   if (next == me) return;
-  switches.store(switches.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   indices.thread.x = thread_ = next;
   threads_[me]->fiber.switch_to(next < 0 ? base_ : threads_[next]->fiber);
 }
@@ -128,11 +131,8 @@ void Worker::exit_thread() {
   warp().live &= ~bit(lane());
   --live_;
   progress();
-  for (unsigned rest = warp().offering; rest;) {
-    const unsigned mask = warp().offer[lowest(rest)].mask;
-    rest &= ~mask;
-    complete_if_all_came(mask);
-  }
+  for (unsigned rest = warp().offering; rest; rest &= warp().offering & (rest - 1))
+    complete_if_all_came(lowest(rest));
 }
 
 // ---- barriers and warp operations ---------------------------------------------------------------
@@ -168,31 +168,24 @@ void Worker::meet(Stop stop, const Offer& offer) {
   if (!(offer.mask & bit(me)))
     fail(this,
          text("%s: lane %d is not in its own mask, %08x", stop.str().c_str(), me, offer.mask));
-  unsigned others = warp().offering;
-  if (warp().claimed == offer.mask) others &= -others;  // who agrees with one agrees with all
-  for (; others; others &= others - 1) {
-    const int other = lowest(others);
-    const unsigned mask = warp().offer[other].mask;
-    const bool concerned = (mask & bit(me)) || (offer.mask & bit(other));
-    if (concerned && (mask != offer.mask || !(stop_of(other) == stop)))
-      fail(this, text("lanes %d and %d of a warp disagree: %s, mask %08x, and %s, mask %08x", other,
-                      me, stop_of(other).str().c_str(), mask, stop.str().c_str(), offer.mask));
-  }
   warp().offer[me] = offer;
   warp().offering |= bit(me);
-  warp().claimed |= offer.mask;
-  complete_if_all_came(offer.mask);
+  complete_if_all_came(me);
   go_on();
 }
 
-void Worker::complete_if_all_came(unsigned mask) {
-  const unsigned group = mask & warp().live;
-  if (!group || (warp().offering & group) != group) return;
-  warp().offer[lowest(group)].complete(*this, group);
+// A warp operation is done when all lanes of the mask that have not exited have come to it; until
+// then they may be in another one, among fewer.
+void Worker::complete_if_all_came(int lane) {
+  const Offer& offer = warp().offer[lane];
+  const unsigned group = offer.mask & warp().live;
+  if ((warp().offering & group) != group) return;
+  for (unsigned rest = group; rest; rest &= rest - 1) {
+    const int other = lowest(rest);
+    if (warp().offer[other].mask != offer.mask || !(stop_of(other) == stop_of(lane))) return;
+  }
+  offer.complete(*this, group);
   warp().offering &= ~group;
-  warp().claimed = 0;
-  for (unsigned rest = warp().offering; rest; rest &= rest - 1)
-    warp().claimed |= warp().offer[lowest(rest)].mask;
   warp().runnable |= group;
   ready_ |= bit(warp_);
 }
@@ -354,8 +347,10 @@ std::string Worker::state_of(int thread) const {
   if (thread == thread_) return "running";
   if (!(warp.live & lane)) return "exited";
   if (warp.runnable & lane) return "ready to run";
-  return (warp.polling & lane ? "looking again and again in " : "waiting in ") +
-         threads_[thread]->stop.str();
+  const std::string where = threads_[thread]->stop.str();
+  if (warp.polling & lane) return "looking again and again in " + where;
+  if (!(warp.offering & lane)) return "waiting in " + where;
+  return "waiting in " + where + text(", mask %08x", warp.offer[thread % 32].mask);
 }
 
 std::string Worker::describe() const {

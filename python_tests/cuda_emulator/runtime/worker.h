@@ -60,7 +60,6 @@ struct Offer {
 
 struct Warp {
   unsigned live, runnable, polling, offering;  // lanes; who is live only runs or is at a barrier
-  unsigned claimed;                            // the masks of those offering, together
   Offer offer[32];
   char before[32], after[32];  // what a __syncwarp orders
 };
@@ -118,7 +117,7 @@ class Worker {
   int pick();
   int choose(unsigned bits);
   unsigned random();
-  void complete_if_all_came(unsigned mask);
+  void complete_if_all_came(int lane);
   void progress();
   bool livelocked();
   void* add_array(const SharedArray* declared, size_t bytes);
