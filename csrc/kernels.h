@@ -18,7 +18,14 @@ struct View {
   int64_t stride[3];
 };
 
-enum FaultKind : int32_t { kNoFault, kBadToken, kBadTemperature, kBadOffsets, kBadLambda };
+enum FaultKind : int32_t {
+  kNoFault,
+  kBadToken,
+  kBadTemperature,
+  kBadOffsets,
+  kBadLambda,
+  kBadValueLambda  // only where the kernel cannot say which by looking again: on a GPU
+};
 
 struct Fault {
   int32_t kind;

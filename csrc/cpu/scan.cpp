@@ -123,7 +123,8 @@ struct Backward {
     }
 
     write(g, s, a.grad_rewards, [&](int64_t i) { return d[i]; });
-    write(g, s, a.grad_values, [&](int64_t i) { return s.in_second[i] - d[i] + through[i]; });
+    write(g, s, a.grad_values,
+          [&](int64_t i) { return value_gradient(s.in_second[i], d[i], through[i]); });
     write(g, s, a.grad_next_values,
           [&](int64_t i) { return (s.code[i] & kCut) == kTruncated ? g.gamma * d[i] : 0.; });
   }

@@ -38,6 +38,7 @@ __device__ inline T* dynamic_shared() {
 // ---- between blocks: words in global memory, ordered at the scope of the device -----------------
 
 #ifdef PPOK_EMULATED
+using ::emulator::add_release;
 using ::emulator::load_acquire;
 using ::emulator::spin_pause;
 using ::emulator::store_release;
@@ -60,6 +61,10 @@ __device__ inline void store_release(T* p, T value) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
   else
     asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
+}
+
+__device__ inline void add_release(unsigned* p, unsigned value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
 
 // Between two looks at a word that another block will write.
@@ -165,6 +170,19 @@ __device__ inline float log2_approx(float x) {
 }
 
 // ---- launch -------------------------------------------------------------------------------------
+
+// Zeros, on the stream. Returns nullptr or what is wrong, as `launch` does.
+inline const char* clear(void* p, int64_t bytes, void* stream) {
+  if (bytes == 0) return nullptr;
+#ifdef PPOK_EMULATED
+  static_cast<void>(stream);
+  memset(p, 0, bytes);
+  return nullptr;
+#else
+  const cudaError_t error = cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#endif
+}
 
 // A one-dimensional grid; no block, no launch. Returns nullptr or what is wrong; waits for nothing.
 template <class Kernel, class... A>

@@ -20,9 +20,11 @@ struct Launch {
 namespace PPOK_ISA {
 
 // Kernels of csrc/kernels.h that there are for CUDA.
-#define PPOK_CUDA_KERNELS(X)         \
-  X(logprob_forward, LogprobForward) \
-  X(logprob_backward, LogprobBackward)
+#define PPOK_CUDA_KERNELS(X)           \
+  X(logprob_forward, LogprobForward)   \
+  X(logprob_backward, LogprobBackward) \
+  X(scan_forward, ScanForward)         \
+  X(scan_backward, ScanBackward)
 
 #define PPOK_LAUNCHER(name, Args)                    \
   const char* name(const Args& args, const Launch&); \

@@ -39,5 +39,24 @@ PPOK_HD inline double scan_step(double coefficient, double accumulated, double d
 // still infinite.
 PPOK_HD inline double clamp_power(double power) { return power < DBL_MIN ? DBL_MIN : power; }
 
+// Of a run of steps: what it makes of nothing carried into it, and the factor by which a carry
+// enters.
+struct alignas(16) Transfer {
+  double sum, factor;
+};
+
+// Of two runs, one scanned after the other.
+PPOK_HD inline Transfer joined(const Transfer& earlier, const Transfer& later) {
+  const double both = earlier.factor * later.factor;
+  const bool cut = !(earlier.factor > 0. && later.factor > 0.);
+  return {scan_step(later.factor, earlier.sum, later.sum), cut ? both : clamp_power(both)};
+}
+
+// dL/dv_t of D = dL/ddelta: a value is in its own return and delta, and, discounted, in the delta
+// of the step before.
+PPOK_HD inline double value_gradient(double grad_return, double d, double discounted_before) {
+  return grad_return - d + discounted_before;
+}
+
 }  // namespace PPOK_ISA
 }  // namespace ppok

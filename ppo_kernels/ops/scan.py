@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
 from ..cpu import kernel as cpu
+from ..cuda import kernel as cuda
 from ..native import scan as native
 from ..triton import kernel as triton
 
@@ -228,6 +229,7 @@ class Scan:
             autograd=self._autograd,
             cpu=cpu(native.scan_forward),
             triton=triton("scan", "scan_forward"),
+            cuda=cuda(native.scan_forward),
         )
         self.backward = Op(
             f"{name}_backward",
@@ -237,6 +239,7 @@ class Scan:
             fake=_fake_backward,
             cpu=cpu(native.scan_backward),
             triton=triton("scan", "scan_backward"),
+            cuda=cuda(native.scan_backward),
         )
 
     def _autograd(self, *args: Any) -> tuple[Tensor, ...]:

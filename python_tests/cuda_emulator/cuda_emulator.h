@@ -125,6 +125,11 @@ void store_release(T* p, T value) {
   std::atomic_ref(*p).store(value, std::memory_order_release);
 }
 
+inline void add_release(unsigned* p, unsigned value) {
+  interleave();
+  std::atomic_ref(*p).fetch_add(value, std::memory_order_release);
+}
+
 inline void spin_pause(Where where = Where::current()) { pause("spin_pause", where); }
 
 // Relaxed, as CUDA's are: it orders nothing but itself.
