@@ -11,6 +11,7 @@ from ppo_kernels.testing import executors
 
 EXECUTORS = executors("gae", "discounted_returns", device="cpu")
 COMPILED = [e for e in EXECUTORS if e != "torch"]
+ON_GPU = ("triton", "cuda-emulated")  # run on CPU tensors here
 CHUNK = 1024  # of csrc/cpu/block_scan.h
 CONVENTIONS = [None, "carry", "zero", "truncate"]
 NAN = float("nan")

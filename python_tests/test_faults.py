@@ -126,3 +126,53 @@ def test_tracing_a_graph_allocates_the_flag(backend):
     assert type(flag) is torch.Tensor
     assert flag.item() == _faults.NONE
     assert list(_faults._flags) == [logits.device]
+
+
+# ---- scans ---------------------------------------------------------------------------------------
+
+SCANS = [
+    e for e in executors("gae", "discounted_returns") if e != "torch" and not e.startswith("cpu")
+]
+
+
+@pytest.mark.parametrize("backend", SCANS)
+@pytest.mark.parametrize(
+    ("offsets", "where"),
+    [([1, 90], 0), ([0, 40, 30, 90], 2), ([0, 40], 1), ([0, 40, 200], 2), ([-5, 90], 0), ([0], 0)],
+)
+@pytest.mark.parametrize("convention", [None, "carry"])
+def test_bad_offsets_are_a_fault(backend, offsets, where, convention):
+    n, device = 90, device_of(backend)
+    x = torch.ones(n, device=device, requires_grad=True)
+    masked = {}
+    if convention:
+        masked = {"mask": torch.ones(n, device=device), "mask_convention": convention}
+    got = pk.discounted_returns(
+        x, gamma=0.9, cu_seqlens=torch.tensor(offsets, device=device), backend=backend, **masked
+    )
+    (grad,) = torch.autograd.grad(got.sum(), x)
+    if offsets == [0, 40]:
+        assert got.isnan().tolist() == [False] * 40 + [True] * 50
+    if offsets == [0]:
+        assert got.isnan().all()
+    assert grad.shape == (n,)
+    with pytest.raises(ValueError, match=rf"cu_seqlens: expected .* at flat position {where} in"):
+        pk.check()
+    pk.check()
+
+
+@pytest.mark.parametrize("backend", SCANS)
+@pytest.mark.parametrize("value", [-0.1, 1.5, torch.nan, torch.inf])
+def test_a_bad_lambda_is_a_fault(backend, value):
+    x = torch.ones(4, 50, device=device_of(backend))
+    lam = torch.tensor([0.5, 1.0, value, value], device=device_of(backend))
+    got = pk.gae(x, x, gamma=0.9, lam=lam, backend=backend)
+    assert got.advantages.isnan().all(1).tolist() == [False, False, True, True]
+    assert got.advantages[:2].isfinite().all()
+    with pytest.raises(ValueError, match=r"^lam: expected .* at flat position 2 in"):
+        pk.check()
+    got = pk.gae(x, x, gamma=0.9, lam=0.5, value_lam=lam, backend=backend)
+    assert got.advantages.isfinite().all()
+    assert got.returns.isnan().all(1).tolist() == [False, False, True, True]
+    with pytest.raises(ValueError, match=r"^value_lam: expected .* at flat position 2 in"):
+        pk.check()
