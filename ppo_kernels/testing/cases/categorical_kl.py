@@ -63,6 +63,8 @@ def cases() -> Iterator[Case]:
             "not finite",
         ):
             yield case(f"{word}{edit}", (7, 517), edit, reverse=reverse)
+        for edit in ("same winner", "other winner", "forbidden", "infinite"):
+            yield case(f"{word}{edit}, several chunks", (2, 9001), edit, reverse=reverse)
     yield case("no rows", (0, 4, 17))
 
 
