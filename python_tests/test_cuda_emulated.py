@@ -21,7 +21,9 @@ def test_bits_depend_on_no_schedule(shape, dtype):
 
     def results():
         leaf = logits.clone().requires_grad_()
-        out = pk.logprobs_from_logits(leaf, tokens, entropy=True, backend=cuda_emulated.NAME)
+        out = pk.logprobs_from_logits(
+            leaf * 1, tokens, entropy=True, inplace_backward=True, backend=cuda_emulated.NAME
+        )
         (out.logprobs.sum() + 0.3 * out.entropy.sum()).backward()
         return out.logprobs.detach(), out.entropy.detach(), leaf.grad
 
