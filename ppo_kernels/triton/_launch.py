@@ -11,6 +11,7 @@ tests compile for any GPU what the public functions launch.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch

@@ -21,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
+from .._devices import processors
 from ..native import two_leading, two_leading_each
 from . import _configs
-from ._launch import as_bytes, launch, processors, strides
+from ._launch import as_bytes, launch, strides
 from ._math import (
     INF,
     LN2,
