@@ -496,7 +496,7 @@ def test_exit_status_of_compare(tmp_path, monkeypatch, capsys, factor, status):
     [
         (["nothing"], "OP: given 'nothing', expected one of logprobs_from_logits"),
         (["--sizes", "huge"], "huge"),
-        (["--backend", "cpu,gpu"], "given 'gpu', expected a list of cpu, triton, torch"),
+        (["--backend", "cpu,gpu"], "given 'gpu', expected a list of cpu, triton, cuda, torch"),
         (["--isa", "sse9"], "given 'sse9'"),
         (["--backend", "torch", "--isa", cpu.supported_isas()[0]], "--isa: belongs to the cpu"),
         (["--threads", "0"], "given '0', expected numbers as in 1,2"),
