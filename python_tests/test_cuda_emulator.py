@@ -209,8 +209,9 @@ USE = """
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scaling")
+def sources():
+    folder = build.CACHE / "scaling"  # always the same, so that objects are found again
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "kernels.cu").write_text(textwrap.dedent(KERNELS))
     (folder / "bindings.cpp").write_text(textwrap.dedent(BINDINGS))
     (folder / "scale.h").write_text("constexpr float kFactor = 3.f;\n")
@@ -249,13 +250,15 @@ def test_an_extension_is_configured_in_its_process(sources):
 def test_what_has_not_changed_is_not_built_again(sources):
     def built():
         path = build.extension("scaling", sources)
-        return path, path.stat().st_mtime_ns
+        return {file: file.stat().st_mtime_ns for file in [path, *build.CACHE.glob("kernels-*.o")]}
 
     first = built()
     assert built() == first
     header = sources[0].with_name("scale.h")
     header.write_text("constexpr float kFactor = 4.f;\n")
-    assert built()[1] > first[1]
+    second = built()
+    assert first.keys() == second.keys()
+    assert sum(second[file] > first[file] for file in first) == 2  # the extension, its kernels
     header.write_text("constexpr float kFactor = 3.f;\n")
 
 

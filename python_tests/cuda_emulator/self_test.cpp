@@ -355,6 +355,29 @@ void test_launches() {
   for (int i = 0; i < 1000; ++i) order_of(1 + i % 7, 1 + i % 65);
 }
 
+// Blocks take turns; all the others wait.
+__global__ void take_turns(uint32_t* turn, uint32_t* log, int rounds) {
+  for (int i = 0; i < rounds; ++i) {
+    const uint32_t mine = i * gridDim.x + blockIdx.x;
+    while (load_acquire(turn) != mine) spin_pause();
+    log[mine] = blockIdx.x;
+    store_release(turn, mine + 1);
+  }
+}
+
+// A wait that ends is no livelock, however few looks are enough for one.
+void test_waits() {
+  const int blocks = 4, rounds = 200;
+  for (int limit : {1, 2, 10}) {
+    uint32_t turn = 0;
+    std::vector<uint32_t> log(blocks * rounds);
+    emulator::config.poll_limit = limit;
+    run(take_turns, blocks, 1, 0, &turn, log.data(), rounds);
+    for (int i = 0; i < blocks * rounds; ++i) CHECK(log[i] == uint32_t(i % blocks));
+  }
+  emulator::config = {};
+}
+
 void test_settings() {
   using emulator::configure;
   CHECK(configure("thread_order", "shuffled") && emulator::config.thread_order == Order::kShuffled);
@@ -370,6 +393,7 @@ void test_all() {
   test_settings();
   test_orders();
   test_launches();
+  test_waits();
   test_shuffled_type<double>();
   test_shuffled_type<float>();
   test_shuffled_type<__half>();
