@@ -64,7 +64,7 @@ PLANTED = [
         "deadlock",
         PLAIN,
         {},
-        r"deadlock(.*\n)+  threads 0 to 15: waiting in __syncwarp, \S*planted.cuh:\d+\n"
+        r"deadlock(.*\n)+  threads 0 to 15: waiting in __syncwarp, \S*planted.cuh:\d+, mask f{8}\n"
         r"  threads 16 to 31: waiting in __syncthreads, \S*planted.cuh:\d+\n(.*\n)"
         r"  threads 48 to 63: waiting in __syncthreads",
     ),
