@@ -23,7 +23,7 @@ def run(command, sanitize=PLAIN, preload=False, **settings):
 
 
 def self_test(sanitize=PLAIN, **how):
-    return build.program("self_test", [build.HERE / "self_test.cpp"], sanitize, **how)
+    return build.program("self_test", [build.HERE / "self_test.cu"], sanitize, **how)
 
 
 @pytest.mark.parametrize("sanitize", build.SANITIZERS)
@@ -131,7 +131,7 @@ def test_bugs_that_need_more_than_that(bug, sanitize, settings):
 
 
 def test_every_planted_bug_is_in_the_table():
-    planted = set(re.findall(r'\{"(\w+)", \w+_right,', (build.HERE / "self_test.cpp").read_text()))
+    planted = set(re.findall(r'\{"(\w+)", \w+_right,', (build.HERE / "self_test.cu").read_text()))
     assert planted == {p[0] for p in PLANTED}
     assert len(planted) > 20
 
@@ -193,17 +193,19 @@ USE = """
         assert error is None, error
         assert list(y) == [3 * v for v in x[:n]] + [0] * (200 - n)
     scale(150)
-    child = os.fork()
-    if child == 0:
-        scale(100)  # none of the parent's threads is there
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-    if len(sys.argv) > 1:
-        import ctypes.util
+    if sys.argv[1] == "fork":
+        child = os.fork()
+        if child == 0:
+            scale(100)  # none of the parent's threads is there
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    if sys.argv[1] == "too_far":
         libc = ctypes.CDLL(None)
         libc.malloc.restype = ctypes.c_void_p
-        x, y = libc.malloc(ctypes.c_size_t(64)), libc.malloc(ctypes.c_size_t(64))
-        module.scale(x, y, 17)
+        module.scale(*[libc.malloc(ctypes.c_size_t(64)) for _ in "xy"], 17)
+    if sys.argv[1] == "race":
+        x = (ctypes.c_float * 101)()
+        module.scale(ctypes.addressof(x), ctypes.addressof(x) + 4, 100)
     print("done")
 """
 
@@ -218,17 +220,26 @@ def sources():
     return [folder / "kernels.cu", folder / "bindings.cpp"]
 
 
-@pytest.mark.parametrize("sanitize", [PLAIN, ADDRESS])
-def test_an_extension(sources, sanitize, tmp_path):
+@pytest.mark.parametrize(
+    ("sanitize", "what", "message"),
+    [
+        (PLAIN, "fork", None),
+        (ADDRESS, "fork", None),
+        (ADDRESS, "too_far", r"heap-buffer-overflow(.*\n)+.* in scale\(.*kernels.cu:\d+"),
+        (THREAD, "once", None),
+        (THREAD, "race", r"data race(.*\n)+.* scale\(.*kernels.cu:\d+"),
+    ],
+)
+def test_an_extension(sources, sanitize, what, message, tmp_path):
     path = build.extension("scaling", sources, sanitize)
     script = tmp_path / "use.py"
     script.write_text(textwrap.dedent(USE).format(tests=str(build.HERE.parent), path=str(path)))
-    done = run([sys.executable, script], sanitize, preload=True)
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-    if sanitize == ADDRESS:
-        done = run([sys.executable, script, "too_far"], sanitize, preload=True)
-        assert "heap-buffer-overflow" in done.stderr
-        assert re.search(r"in scale\(.*kernels.cu:\d+", done.stderr)
+    done = run([sys.executable, script, what], sanitize, preload=True)
+    if message is None:
+        assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    else:
+        assert done.returncode != 0
+        assert re.search(message, done.stderr), done.stderr
 
 
 def test_an_extension_is_configured_in_its_process(sources):

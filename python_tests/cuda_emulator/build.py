@@ -32,8 +32,8 @@ CACHE = ROOT / "build" / "cuda_emulator"
 
 SANITIZERS = {
     "": ["-O2", "-g1"],
-    "address,undefined": ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"],
-    "thread": ["-O1", "-g"],
+    "address,undefined": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-g1"],
 }
 FLAGS = [
     *("-std=c++20", "-fPIC", "-pthread", "-fvisibility=hidden"),
@@ -129,8 +129,12 @@ def _link(
         raise RuntimeError(reason)
     headers = ["-isystem", str(cuda_headers()), f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
     instrumented = [*SANITIZERS[sanitize], *([f"-fsanitize={sanitize}"] if sanitize else [])]
-    work = [(source.resolve(), [*headers, *instrumented, *options]) for source in sources]
-    runtime = [*headers, *SANITIZERS[""], *(["-DEMULATOR_UCONTEXT"] if ucontext else [])]
+    plain = SANITIZERS[""]
+    of_suffix = {".cu": instrumented, ".cpp": plain}
+    # Kernels first: of an inline function that several have, the linker takes the first.
+    ordered = sorted(sources, key=lambda source: source.suffix != ".cu")
+    work = [(s.resolve(), [*headers, *of_suffix[s.suffix], *options]) for s in ordered]
+    runtime = [*headers, *plain, *(["-DEMULATOR_UCONTEXT"] if ucontext else [])]
     work += [(file, runtime) for file in sorted((HERE / "runtime").glob("*.cpp"))]
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / "lock", "w") as lock:
@@ -158,8 +162,8 @@ def extension(
 ) -> Path:
     """The Python extension `name`, which one of the sources must define with pybind11.
 
-    Kernels end in .cu. `sanitize`: a key of SANITIZERS; such an extension can only be imported by a
-    Python that runs with `environment(sanitize)`.
+    What has kernels ends in .cu, and that alone is sanitized. `sanitize`: a key of SANITIZERS; such
+    an extension can only be imported by a Python that runs with `environment(sanitize)`.
     """
     import pybind11
 

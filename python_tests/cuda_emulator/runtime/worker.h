@@ -59,7 +59,8 @@ struct Offer {
 };
 
 struct Warp {
-  unsigned live, runnable, polling, offering;  // lanes; who is live only runs or is at a barrier
+  unsigned live, runnable, polling, offering;  // lanes; a live one in none of the rest runs or is
+                                               // at a barrier
   Offer offer[32];
   char before[32], after[32];  // what a __syncwarp orders
 };

@@ -7,7 +7,6 @@
 #include <functional>
 #include <vector>
 
-#include "cuda_emulator.h"
 #include "planted.cuh"
 
 namespace {
@@ -17,7 +16,7 @@ using emulator::Order;
 
 void check(bool good, const char* what, int line) {
   if (good) return;
-  fprintf(stderr, "self_test.cpp:%d: wrong: %s\n", line, what);
+  fprintf(stderr, "self_test.cu:%d: wrong: %s\n", line, what);
   exit(1);
 }
 #define CHECK(condition) check(condition, #condition, __LINE__)
