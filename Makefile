@@ -14,7 +14,7 @@ PYTHON ?= python3
 TORCH ?= $(shell grep '^torch' constraints.txt)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu' 2>/dev/null)
+SOURCES := $(shell git ls-files csrc python_tests 2>/dev/null | grep -E '[.](h|cpp|cuh|cu)$$')
 
 .PHONY: demo bench test verify-all gpu-check test-sanitize test-floor lint format docs clean
 

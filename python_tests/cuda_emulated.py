@@ -59,7 +59,8 @@ def _launch() -> tuple[Any, ...]:
 @cache
 def module() -> Any:
     sources = [*sorted(SOURCES.glob("*.cu")), SOURCES / "bindings.cpp"]
-    return build.load(build.extension("_cuda_emulated", sources, options=OPTIONS))
+    sanitize = os.environ.get("PPO_KERNELS_EMULATOR_SANITIZE", "")
+    return build.load(build.extension("_cuda_emulated", sources, sanitize, OPTIONS))
 
 
 def install() -> None:
