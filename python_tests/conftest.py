@@ -23,9 +23,7 @@ if cuda_emulated.unavailable() is None:
     cuda_emulated.install()
 
 if DEVICE != "cpu":
-    import ppo_kernels  # noqa: F401  # which is to be imported under torch's own default
-
-    torch.set_default_device(DEVICE)
+    torch.set_default_device(DEVICE)  # after the import of ppo_kernels, by `device`
 
 NEIGHBOURS = 20  # stay together: the cells of a case share what they are held to
 

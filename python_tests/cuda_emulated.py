@@ -42,6 +42,8 @@ def unavailable() -> str | None:
     """Why the backend is not tested here, or None."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "this process tests Triton"
+    if torch.cuda.is_available():
+        return "there is a GPU"
     if os.environ.get("PPO_KERNELS_SANITIZED") == "1":
         return "this process has a sanitizer of its own"
     return build.unavailable()

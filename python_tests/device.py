@@ -1,8 +1,13 @@
-"""The device of the op tests: the CPU, or what PPO_KERNELS_TEST_DEVICE names."""
+"""The device of the op tests, a CPU or what PPO_KERNELS_TEST_DEVICE names; what runs there."""
 
 import os
+from contextlib import contextmanager
 
+import pytest
 import torch
+
+from ppo_kernels import _faults
+from ppo_kernels.testing import executors
 
 DEVICE = os.environ.get("PPO_KERNELS_TEST_DEVICE", "cpu")
 
@@ -10,3 +15,22 @@ DEVICE = os.environ.get("PPO_KERNELS_TEST_DEVICE", "cpu")
 def seeded(seed: int) -> torch.Generator:
     """A generator on DEVICE, which is also where tensors are made unless told otherwise."""
     return torch.Generator(DEVICE).manual_seed(seed)
+
+
+def kernels(*functions: str) -> list[str]:
+    """The backends of these functions but the reference, each once."""
+    names = executors(*functions, device=DEVICE)
+    return [b for b in dict.fromkeys(e.partition(":")[0] for e in names) if b != "torch"]
+
+
+@contextmanager
+def raises(backend, error, message):
+    """As pytest.raises; of the backends that read data in debug mode only, the argument's name."""
+    before = _faults.debug
+    if backend.partition(":")[0] not in ("torch", "cpu"):
+        _faults.debug, message = True, message.lstrip("^").partition(":")[0] + ":"
+    try:
+        with pytest.raises(error, match=message) as caught:
+            yield caught
+    finally:
+        _faults.debug = before

@@ -4,19 +4,22 @@ import math
 
 import pytest
 import torch
+from device import DEVICE, kernels, seeded
 
 import ppo_kernels as pk
 from ppo_kernels.testing import executors
 
-EXECUTORS = pytest.mark.parametrize("name", executors("clipped_loss", "value_loss", device="cpu"))
-BACKENDS = pytest.mark.parametrize("backend", ["torch", "cpu"])
+NAMES = executors("clipped_loss", "value_loss", device=DEVICE)
+EXECUTORS = pytest.mark.parametrize("name", NAMES)
+KERNELS = pytest.mark.parametrize("backend", kernels("clipped_loss", "value_loss"))
+BACKENDS = pytest.mark.parametrize("backend", ["torch", *kernels("clipped_loss", "value_loss")])
 LOSSES = pytest.mark.parametrize("function", [pk.clipped_loss, pk.value_loss])
 NORM = {"seq-sum-norm": 6.0}
 
 
 def tokens(*shape, seed=0, dtype=torch.float64, spread=0.4):
     """Three token tensors, as either loss takes them."""
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
     first = -torch.randn(shape, generator=g, dtype=torch.float64).abs()
     second = first + spread * torch.randn(shape, generator=g, dtype=torch.float64)
     third = torch.randn(shape, generator=g, dtype=torch.float64)
@@ -24,7 +27,7 @@ def tokens(*shape, seed=0, dtype=torch.float64, spread=0.4):
 
 
 def some_mask(*shape, seed=0):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.7
+    return torch.rand(shape, generator=seeded(seed)) < 0.7
 
 
 def with_grad(function, live, *args, upstream=1.0, **kwargs):
@@ -35,7 +38,7 @@ def with_grad(function, live, *args, upstream=1.0, **kwargs):
 
 
 def bits(function, *args, **kwargs):
-    loss, grad, m = with_grad(function, *args, backend="cpu", **kwargs)
+    loss, grad, m = with_grad(function, *args, **kwargs)
     return loss, grad, m.stats
 
 

@@ -5,13 +5,13 @@ which exist and then walks them as Schulman et al. 2016 (arXiv:1506.02438) defin
 """
 
 import torch
+from device import DEVICE, seeded
 from hypothesis import strategies as st
 
 from ppo_kernels.testing import executors
 
-EXECUTORS = executors("gae", "discounted_returns", device="cpu")
+EXECUTORS = executors("gae", "discounted_returns", device=DEVICE)
 COMPILED = [e for e in EXECUTORS if e != "torch"]
-ON_GPU = ("triton", "cuda-emulated")  # run on CPU tensors here
 CHUNK = 1024  # of csrc/cpu/block_scan.h
 CONVENTIONS = [None, "carry", "zero", "truncate"]
 NAN = float("nan")
@@ -77,7 +77,7 @@ def close(got, expected, dtype=torch.float32):
 
 def batch(seed, lengths, dtype=torch.float64, density=0.7, flag_rate=0.15):
     """Sequences of random numbers, masks and flags; what is masked or unused is NaN."""
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
     sequences = []
     for n in lengths:
 

@@ -4,22 +4,23 @@ import math
 
 import pytest
 import torch
+from device import DEVICE, kernels, raises, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
 import ppo_kernels as pk
-from ppo_kernels.testing import DTYPES, LAYOUTS, device_of, executor, executors
+from ppo_kernels.testing import DTYPES, LAYOUTS, executor, executors
 
-EXECUTORS = [e for e in executors("categorical_kl") if device_of(e) == "cpu"]
+EXECUTORS = executors("categorical_kl", device=DEVICE)
 COMPILED = [e for e in EXECUTORS if e != "torch"]
-BACKENDS = list(dict.fromkeys(e.partition(":")[0] for e in EXECUTORS))
+KERNELS = kernels("categorical_kl")
 BOTH = pytest.mark.parametrize("reverse", [False, True])
 NAMES = pytest.mark.parametrize("name", EXECUTORS)
 
 
 def example(*shape, seed=0, dtype=torch.float32, gap=0.5):
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
     logits = torch.randn(shape, generator=g, dtype=torch.float64) * 3
     ref = logits + torch.randn(shape, generator=g, dtype=torch.float64) * gap
     return logits.to(dtype), ref.to(dtype)
@@ -377,7 +378,7 @@ def test_gradcheck(name, reverse):
         assert torch.autograd.gradcheck(f, logits.requires_grad_())
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "torch"])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_double_backward_raises(backend):
     logits, ref = example(3, 13)
     kl = pk.categorical_kl(logits.requires_grad_(), ref, backend=backend)
@@ -385,7 +386,7 @@ def test_double_backward_raises(backend):
         torch.autograd.grad(kl.sum(), logits, create_graph=True)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "torch"])
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(grad, backend):
     logits, ref = example(2, 3, 50)
@@ -398,7 +399,7 @@ def test_opcheck(grad, backend):
     opcheck(ops.categorical_kl_backward, (kl, logits, ref, mask, kl, state, *args))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", *KERNELS])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break(backend, dynamic):
     def f(x, r, m):
@@ -427,19 +428,23 @@ BAD = [
     (dict(ref_logits=None), TypeError, "ref_logits: expected a tensor, got NoneType"),
     (dict(ref_logits=REF[:1]), ValueError, r"ref_logits: expected shape \[2, 3, 11\] .* \[1, 3, "),
     (dict(ref_logits=REF.int()), TypeError, "ref_logits: expected dtype float32, .*, got int32"),
-    (dict(ref_logits=REF.to("meta")), ValueError, "ref_logits: expected device cpu.*, got meta"),
+    (dict(ref_logits=REF.to("meta")), ValueError, f"ref_logits: expected device {DEVICE}.* meta"),
     (dict(ref_logits=REF.clone().requires_grad_()), ValueError, r"ref_logits: .*detach\(\)"),
     (dict(mask=LOGITS > 0), ValueError, r"mask: expected shape \[2, 3\] .*, got \[2, 3, 11\]"),
     (dict(mask=[True]), TypeError, "mask: expected a tensor, got list"),
-    (dict(mask=torch.ones(2, 3).to("meta")), ValueError, "mask: expected device cpu.*, got meta"),
+    (
+        dict(mask=torch.ones(2, 3).to("meta")),
+        ValueError,
+        f"mask: expected device {DEVICE}.* got meta",
+    ),
     (dict(temperature=0.0), ValueError, r"temperature: expected .* in \(0, inf\), got 0"),
     (dict(temperature=torch.ones(())), TypeError, "temperature: expected a number, got Tensor"),
     (dict(backend="gpu"), ValueError, "backend: unknown backend 'gpu', expected one of auto, "),
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", *KERNELS])
 @pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[m[:40] for _, _, m in BAD])
 def test_bad_input(backend, change, error, message):
-    with pytest.raises(error, match=message):
+    with raises(backend, error, message):
         pk.categorical_kl(**(dict(logits=LOGITS, ref_logits=REF, backend=backend) | change))

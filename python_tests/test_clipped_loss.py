@@ -7,6 +7,7 @@ import torch
 from loss_oracle import (
     BACKENDS,
     EXECUTORS,
+    KERNELS,
     NORM,
     bits,
     plain_policy,
@@ -158,11 +159,15 @@ def test_the_advantage_of_a_masked_sequence_is_never_looked_at(name):
     assert torch.equal(a[1], b[1])
 
 
-def test_an_advantage_per_sequence_is_an_advantage_per_token():
+@KERNELS
+def test_an_advantage_per_sequence_is_an_advantage_per_token(backend):
     lp, old, _ = tokens(5, 333, dtype=torch.float32)
     adv = torch.randn(5)
-    a = bits(pk.clipped_loss, lp, old, adv)
-    assert all(map(torch.equal, a, bits(pk.clipped_loss, lp, old, adv[:, None].expand(5, 333))))
+    a, b = (
+        bits(pk.clipped_loss, lp, old, each, backend=backend)
+        for each in (adv, adv[:, None].expand(5, 333))
+    )
+    assert all(map(torch.equal, a, b))
 
 
 @BACKENDS

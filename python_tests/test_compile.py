@@ -2,9 +2,15 @@
 
 import pytest
 import torch
+from device import DEVICE, kernels, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppo_kernels as pk
+
+KERNELS = kernels(
+    *("logprobs_from_logits", "shape_rewards", "gae", "whiten", "clipped_loss", "value_loss"),
+    *("kl_penalty", "masked_mean", "masked_sum", "discounted_returns"),
+)
 
 
 def step(logits, values, batch):
@@ -34,7 +40,7 @@ def step(logits, values, batch):
 
 
 def example():
-    g = torch.Generator().manual_seed(0)
+    g = seeded(0)
     rows, cols, vocab = 4, 7, 50
 
     def normal(*shape):
@@ -60,7 +66,8 @@ def run(function, logits, values, batch):
 
 
 @pytest.mark.parametrize(
-    ("compiler", "backend"), [("aot_eager", "torch"), ("aot_eager", "cpu"), ("inductor", "cpu")]
+    ("compiler", "backend"),
+    [*(("aot_eager", b) for b in ("torch", *KERNELS)), *(("inductor", b) for b in KERNELS[:1])],
 )
 def test_a_whole_step_compiles_into_one_graph(compiler, backend):
     inputs = example()
@@ -76,15 +83,17 @@ def test_a_whole_step_compiles_into_one_graph(compiler, backend):
         torch.testing.assert_close(o, e, rtol=2e-5, atol=2e-6)
 
 
-def test_autocast_inference_mode_and_another_default_device_change_nothing():
-    logits, values, batch = example()
-    expected = step(logits, values, batch)
-    with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = step(logits, values, batch)
-    with torch.inference_mode():
-        inferred = step(logits, values, batch)
-    with torch.device("meta"):
-        elsewhere = step(logits, values, batch)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_autocast_inference_mode_and_another_default_device_change_nothing(backend):
+    inputs = example()
+    with pk.use_backend(backend):
+        expected = step(*inputs)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            under_autocast = step(*inputs)
+        with torch.inference_mode():
+            inferred = step(*inputs)
+        with torch.device("meta"):
+            elsewhere = step(*inputs)
     for e, *others in zip(expected, under_autocast, inferred, elsewhere, strict=True):
         assert all(torch.equal(e, other) for other in others)
 

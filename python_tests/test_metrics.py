@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device import DEVICE
 from loss_oracle import BACKENDS, EXECUTORS, LOSSES, some_mask, tokens
 from torch.testing import assert_close
 
@@ -50,8 +51,10 @@ def test_explained_variance(values, returns, expected, backend):
     assert m.explained_variance.item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_explained_variance_of_a_nan_is_nan():
-    m = pk.value_loss(torch.tensor([1.0, torch.nan]), None, torch.ones(2), clip=None).metrics
+@BACKENDS
+def test_explained_variance_of_a_nan_is_nan(backend):
+    values = torch.tensor([1.0, torch.nan])
+    m = pk.value_loss(values, None, torch.ones(2), clip=None, backend=backend).metrics
     assert m.explained_variance.isnan()
 
 
@@ -59,16 +62,20 @@ def test_explained_variance_of_a_nan_is_nan():
 
 
 @LOSSES
-def test_reduced_metrics_are_those_of_one_batch(function):
-    inputs = tokens(9, 50)
-    mask = some_mask(9, 50)
-    whole = function(*inputs, mask).metrics
-    parts = [function(*(t[i : i + 2] for t in (*inputs, mask))).metrics for i in range(0, 9, 2)]
+@BACKENDS
+def test_reduced_metrics_are_those_of_one_batch(function, backend):
+    tensors = (*tokens(9, 50), some_mask(9, 50))
+
+    def metrics(*part):
+        return function(*part, backend=backend).metrics
+
+    whole = metrics(*tensors)
+    parts = [metrics(*(t[i : i + 2] for t in tensors)) for i in range(0, 9, 2)]
     merged = pk.reduce_metrics(parts)
     assert type(merged) is type(whole)
     assert_close(merged.stats, whole.stats, rtol=1e-13, atol=1e-13)
     # An empty part adds nothing.
-    nothing = function(*(t[:1] for t in inputs), torch.zeros(1, 50)).metrics
+    nothing = metrics(*(t[:1] for t in tensors[:3]), torch.zeros(1, 50))
     assert torch.equal(pk.reduce_metrics([*parts, nothing]).stats, merged.stats)
 
 
@@ -101,5 +108,6 @@ def _rank(rank, file):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the processes are on the CPU")
 def test_metrics_reduce_over_two_processes(tmp_path):
     torch.multiprocessing.spawn(_rank, (str(tmp_path / "rendezvous"),), nprocs=2)

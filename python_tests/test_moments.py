@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from device import DEVICE, kernels, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -14,14 +15,14 @@ from torch.library import opcheck
 import ppo_kernels as pk
 from ppo_kernels.testing import DTYPES, LAYOUTS, executor, executors
 
-EXECUTORS = executors("whiten", "masked_mean", "masked_sum", device="cpu")
+EXECUTORS = executors("whiten", "masked_mean", "masked_sum", device=DEVICE)
 COMPILED = [e for e in EXECUTORS if e != "torch"]
-BACKENDS = list(dict.fromkeys(e.partition(":")[0] for e in COMPILED))  # each once
+BACKENDS = kernels("whiten", "masked_mean", "masked_sum")
 NAN = math.nan
 
 
 def example(*shape, seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
     x = torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
     return x, torch.rand(shape, generator=g) < 0.6
 
@@ -107,7 +108,7 @@ def test_a_mean_far_above_the_spread_costs_no_accuracy(name, mean, tolerance):
 def test_equal_elements_give_exactly_zero(name, dtype, value):
     """Rounding noise around the mean would come out multiplied by 1 / sqrt(eps) = 10^4."""
     x = torch.full((5, 2111), value, dtype=dtype)
-    mask = torch.rand(5, 2111, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask = torch.rand(5, 2111, generator=seeded(0)) < 0.5
     with executor(name):
         assert not pk.whiten(x, mask).any()
         kept = pk.whiten(x, mask, shift_mean=False)
@@ -132,10 +133,10 @@ def test_tiny_differences_are_blown_up_to_variance_one_unless_eps_is_larger():
     assert pk.whiten(x, eps=1e-2).abs().max() < 0.006
 
 
+@pytest.mark.parametrize("name", EXECUTORS)
 @settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_matches_exactly_rounded_sums(data):
-    name = data.draw(st.sampled_from(EXECUTORS))
+@given(data=st.data())
+def test_matches_exactly_rounded_sums(name, data):
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
     scale = data.draw(st.sampled_from([1e-3, 1.0, 1e3]))
     offset = data.draw(st.sampled_from([0.0, -7.0, 1e4]))
@@ -378,6 +379,7 @@ def rank_main(rank, folder, cases):
     dist.destroy_process_group()
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the processes are on the CPU")
 def test_ranks_whiten_their_union(tmp_path):
     x, mask = example(11, 1013)
     x = x * 3 + 1e4
@@ -456,7 +458,7 @@ BAD = [
     (dict(x=X.long()), TypeError, "x: expected dtype float32, .*, got int64"),
     (dict(mask=MASK[0]), ValueError, r"mask: expected shape \[2, 3\] \(as x\), got \[3\]"),
     (dict(mask=True), TypeError, "mask: expected a tensor, got bool"),
-    (dict(mask=MASK.to("meta")), ValueError, "mask: expected device cpu .*, got meta"),
+    (dict(mask=MASK.to("meta")), ValueError, f"mask: expected device {DEVICE}.* got meta"),
     (dict(backend="gpu"), ValueError, "backend: unknown backend 'gpu', expected one of auto, "),
 ]
 BAD_DIM = [
