@@ -75,12 +75,12 @@ PPOK_FIELDS(ValueLoss, View, View, View, double, double, View, View, View, i64, 
 PPOK_FIELDS(ScaleGradient, View, View, i64, View);
 PPOK_FIELDS(MaskedReduce, View, View, i64, i64, i64, bool, bool, View, View);
 PPOK_FIELDS(MomentsForward, View, View, i64, i64, View);
-PPOK_FIELDS(WhitenForward, View, View, View, i64, i64, bool, bool, double, View);
+PPOK_FIELDS(WhitenForward, View, View, View, bool, i64, i64, bool, bool, double, View);
 PPOK_FIELDS(WhitenBackward, View, View, View, View, i64, i64, bool, bool, double, View);
 PPOK_FIELDS(KlForward, View, View, View, i64, i64, i64, double, View);
 PPOK_FIELDS(KlBackward, View, View, View, View, i64, i64, i64, double, View);
-PPOK_FIELDS(ShapeRewards, View, View, View, View, View, i64, i64, i64, i64, double, double, View,
-            View, View);
+PPOK_FIELDS(ShapeRewards, View, View, View, View, View, View, i64, i64, i64, i64, double, double,
+            View, View, View);
 #undef PPOK_FIELDS
 
 }  // namespace ppok

@@ -24,7 +24,9 @@ enum FaultKind : int32_t {
   kBadTemperature,
   kBadOffsets,
   kBadLambda,
-  kBadValueLambda  // only where the kernel cannot say which by looking again: on a GPU
+  // Where the kernel cannot say which by looking again: on a GPU.
+  kBadValueLambda,
+  kBadCoefficient
 };
 
 struct Fault {
@@ -136,6 +138,7 @@ struct MomentsForward {
 
 struct WhitenForward {
   View x, mask, moments;
+  bool find_moments;  // moments are of x and mask, and an output too
   int64_t rows, cols;
   bool shift_mean, unbiased;
   double eps;
@@ -190,6 +193,7 @@ struct CategoricalKlBackward {
 struct ShapeRewards {
   View scores, logprobs, ref_logprobs, mask,
       cu_seqlens;  // cu_seqlens absent: each row is a sequence
+  View kl_coefs;   // one number, replaces kl_coef
   int64_t rows, cols, sequences, estimator;
   double kl_coef, log_ratio_clamp;
   View rewards, kl, last;  // last [sequences], int64: flat position of the last live token, or -1

@@ -2,8 +2,8 @@
 #include "math/kl.h"
 
 #include "cpu/reduce.h"
-#include "cpu/sequences.h"
 #include "kernels.h"
+#include "sequences.h"
 
 namespace ppok {
 namespace PPOK_ISA {
@@ -41,23 +41,23 @@ void value(const KlForward& a) {
 
 template <Estimator kEstimator, class T>
 void gradient(const KlBackward& a) {
-  using V = typename Lanes<T>::V;
   const T limit = static_cast<T>(a.log_ratio_clamp);
   for_blocks(a.rows * a.cols, a.threads, [&](int64_t from, int64_t n) {
     const Block<T> block(a, from, n);
     const Tile<T> upstream(a.grad_kl, a.cols, from, n);
     OutTile<T> grad(a.grad_logprobs, from, n);
     for (int64_t i = 0; i < n; i += Lanes<T>::kWidth) {
-      const V d = block.log_ratio(i), slope = kl_slope<kEstimator, T>(d, Lanes<T>::exp_where);
-      grad.set(i, block.where_live(i, (d > limit) | (d < -limit) ? V{} : upstream[i] * slope));
+      const auto slope =
+          kl_gradient<kEstimator, T>(block.log_ratio(i), limit, upstream[i], Lanes<T>::exp_where);
+      grad.set(i, block.where_live(i, slope));
     }
     grad.write();
   });
 }
 
 template <Estimator kEstimator, class T>
-void shape(const ShapeRewards& a, const Sequences& sequences) {
-  const T limit = static_cast<T>(a.log_ratio_clamp), coef = static_cast<T>(a.kl_coef);
+void shape(const ShapeRewards& a, const Sequences& sequences, double beta) {
+  const T limit = static_cast<T>(a.log_ratio_clamp);
   for_blocks(a.rows * a.cols, a.threads, [&](int64_t from, int64_t n) {
     const Block<T> block(a, from, n);
     OutTile<T> rewards(a.rewards, from, n), kl(a.kl, from, n);
@@ -65,7 +65,7 @@ void shape(const ShapeRewards& a, const Sequences& sequences) {
       const auto d = clamp_ratio<T>(block.log_ratio(i), limit);
       const auto estimate = kl_value<kEstimator, T>(d, Lanes<T>::exp_where);
       kl.set(i, block.where_live(i, estimate));
-      rewards.set(i, block.where_live(i, estimate * -coef));
+      rewards.set(i, block.where_live(i, kl_reward(estimate, static_cast<T>(beta))));
     }
     rewards.write();
     kl.write();
@@ -82,26 +82,8 @@ void shape(const ShapeRewards& a, const Sequences& sequences) {
     const int64_t where = last < run.begin ? -1 : run.row * a.cols + last;
     static_cast<int64_t*>(a.last.data)[s] = where;
     if (where >= 0)
-      rewards[where] = static_cast<T>(read_one<double>(a.scores, 0, s) - a.kl_coef * kl[where]);
-  }
-}
-
-template <Estimator kEstimator>
-struct Chosen {
-  static constexpr Estimator value = kEstimator;
-};
-
-template <class Body>
-void with_estimator(int64_t estimator, Body&& body) {
-  switch (estimator) {
-    case kK1:
-      return body(Chosen<kK1>());
-    case kK2:
-      return body(Chosen<kK2>());
-    case kK3:
-      return body(Chosen<kK3>());
-    default:
-      return body(Chosen<kAbs>());
+      rewards[where] =
+          static_cast<T>(last_reward(read_one<double>(a.scores, 0, s), kl[where], beta));
   }
 }
 
@@ -125,11 +107,13 @@ Fault kl_backward(const KlBackward& a) {
 }
 
 Fault shape_rewards(const ShapeRewards& a) {
+  const double beta = a.kl_coefs.data ? read_one<double>(a.kl_coefs, 0, 0) : a.kl_coef;
+  if (!is_coefficient(beta)) return {kBadCoefficient, 0};
   const Sequences sequences{a.cu_seqlens, a.rows, a.cols, a.sequences};
   if (!sequences.valid()) return {kBadOffsets, 0};
   with_estimator(a.estimator, [&](auto chosen) {
-    a.kl.dtype == kF64 ? shape<decltype(chosen)::value, double>(a, sequences)
-                       : shape<decltype(chosen)::value, float>(a, sequences);
+    a.kl.dtype == kF64 ? shape<decltype(chosen)::value, double>(a, sequences, beta)
+                       : shape<decltype(chosen)::value, float>(a, sequences, beta);
   });
   return {kNoFault, 0};
 }

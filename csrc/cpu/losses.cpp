@@ -6,13 +6,12 @@
 // are rounded themselves; blocks are merged in order. So the bits depend on the instruction set and
 // the order of the tokens alone, never on threads or strides. A first pass over the mask, one byte
 // a token, counts what the weights need.
-#include "math/losses.h"
-
 #include <stdlib.h>
 
-#include "cpu/sequences.h"
 #include "cpu/sums.h"
-#include "math/kl.h"
+#include "cpu/tile.h"
+#include "loss_frame.h"
+#include "loss_terms.h"
 
 namespace ppok {
 namespace PPOK_ISA {
@@ -26,12 +25,11 @@ PPOK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- live tokens --------------------------------------------------------------------------------
 
-struct LiveCounts {
-  int64_t tokens, sequences;  // sequences with at least one live token
+struct LiveCounts : LiveTotals {
   int64_t* per_sequence;
 
   explicit LiveCounts(const LossFrame& f, const Sequences& bounds)
-      : tokens(f.rows * f.cols), sequences(0) {
+      : LiveTotals{f.rows * f.cols, 0} {
     per_sequence = static_cast<int64_t*>(calloc(bounds.count + 1, sizeof(int64_t)));
     if (f.mask.data)
       count(f, bounds);
@@ -79,14 +77,8 @@ struct LiveCounts {
 
 // ---- the pass over the tokens -------------------------------------------------------------------
 
-// Three inputs per token; the third may come as one value per sequence.
-struct Inputs {
-  View live, constant, target;
-  bool target_per_sequence;
-};
-
-// Loss supplies Kernel<T>, made from a Loss, whose add() takes a vector of tokens and whose store()
-// writes kSums sums and behind them kExtremes maxima; and publish(), which makes the stats of them.
+// Loss: see loss_terms.h. Its kernel's add() takes a vector of tokens, its store() writes kSums
+// sums and behind them kExtremes maxima, of which publish() makes the stats.
 template <class T, class Loss>
 struct Pass {
   using L = Lanes<T>;
@@ -94,7 +86,7 @@ struct Pass {
   using Mask = typename L::Mask;
 
   const Loss& loss;
-  const Inputs& in;
+  const LossInputs& in;
   const LossFrame& f;
   const Sequences& bounds;
   const LiveCounts& counts;
@@ -114,7 +106,7 @@ struct Pass {
   void run(int64_t from, int64_t stop, Total& total) const {
     alignas(64) T buffers[4][kTile];
     uint8_t mask_buffer[kTile];
-    typename Loss::template Kernel<T> kernel(loss);
+    typename Loss::template Kernel<Terms<T>> kernel(loss);
     Sum<T> weighted;
     for (; from < stop; from += kTile) {
       const int64_t n = smaller(kTile, stop - from);
@@ -129,9 +121,8 @@ struct Pass {
         tile.target = read_flat(in.target, f.cols, from, n, buffers[2]);
       if (f.aggregation == kSeqMeanTokenMean) {
         tile.weight = buffers[3];
-        fill(from, n, buffers[3], [&](int64_t s) {
-          return static_cast<T>(counts.per_sequence[s] ? scale / counts.per_sequence[s] : 0.);
-        });
+        fill(from, n, buffers[3],
+             [&](int64_t s) { return share_of<T>(scale, counts.per_sequence[s]); });
       }
       if (f.mask.data) tile.mask = read_live(f.mask, f.cols, from, n, mask_buffer);
       if (f.gradient.data) tile.gradient = static_cast<T*>(f.gradient.data) + from;
@@ -200,26 +191,14 @@ struct Pass {
   }
 };
 
-double divisor(const LossFrame& f, const LiveCounts& counts) {
-  double d = f.divisor;
-  if (f.denominator.data)
-    d = read_one<double>(f.denominator, 0, 0);
-  else if (d < 0.)
-    d = f.aggregation == kTokenMean  ? counts.tokens
-        : f.aggregation == kTokenSum ? 1
-                                     : counts.sequences;
-  return f.aggregation == kSeqSumNorm ? d * f.norm_length : d;
-}
-
 template <class T, class Loss>
-Fault reduce(const Loss& loss, const Inputs& in, const LossFrame& f) {
+Fault reduce(const Loss& loss, const LossInputs& in, const LossFrame& f) {
   using P = Pass<T, Loss>;
   const int64_t tokens = f.rows * f.cols, blocks = tokens ? block_count(tokens) : 1;
-  const Sequences bounds{f.cu_seqlens, f.rows, f.cols,
-                         f.cols || f.cu_seqlens.data ? f.sequences : 0};
+  const Sequences bounds = sequences_of(f);
   if (!bounds.valid()) return {kBadOffsets, 0};
   const LiveCounts counts(f, bounds);
-  const double denominator = divisor(f, counts), scale = denominator == 0. ? 0. : 1. / denominator;
+  const double denominator = divisor(f, counts), scale = weight_of(denominator);
   const P pass{loss, in, f, bounds, counts, scale};
 
   typename P::Total total, *parts = &total;
@@ -234,9 +213,8 @@ Fault reduce(const Loss& loss, const Inputs& in, const LossFrame& f) {
     free(parts);
   }
 
-  const double aggregate =
-      f.aggregation == kSeqMeanTokenMean ? total.weighted : total.stats[0] * scale;
-  *static_cast<T*>(f.loss.data) = static_cast<T>(denominator == 0. ? 0. : aggregate);
+  *static_cast<T*>(f.loss.data) =
+      static_cast<T>(aggregate(f, denominator, total.stats[0], total.weighted));
   double* stats = static_cast<double*>(f.stats.data);
   stats[0] = counts.tokens;
   stats[1] = counts.sequences;
@@ -244,133 +222,8 @@ Fault reduce(const Loss& loss, const Inputs& in, const LossFrame& f) {
   return {kNoFault, 0};
 }
 
-// ---- the losses ---------------------------------------------------------------------------------
-
-template <bool kDual>
-struct ClippedRatioOf {
-  template <class V>
-  using Token = ClippedRatio<V, kDual>;
-};
-
-// Variant::Token<V>{low, high, dual} maps (ratio, advantage) to a PolicyToken.
-template <class Variant, bool kClamp>
-struct PolicyLoss {
-  static constexpr int kSums = 9, kExtremes = 2;
-  double low, high, dual, clamp;
-
-  template <class T>
-  struct Kernel {
-    using L = Lanes<T>;
-    using V = typename L::V;
-    const typename Variant::template Token<V> token_loss;
-    const T clamp;
-    SumInGroups<T> loss, unclipped, k1, k3;
-    Sum<T> ratio, square;
-    Count<T> high, low, dual;
-    Maximum<T> largest, negated_smallest;
-
-    explicit Kernel(const PolicyLoss& p)
-        : token_loss{L::splat(p.low), L::splat(p.high), L::splat(p.dual)},
-          clamp(static_cast<T>(p.clamp)) {}
-
-    PPOK_INLINE PolicyToken<V> add(V logprob, V old, V advantage, typename L::Mask live) {
-      const V zero{}, lowest = L::splat(-INFINITY);
-      const V moved = logprob - old;
-      const V x = kClamp ? clamp_ratio<T>(moved, clamp) : moved;
-      const Exponential<V> exp = exponential<T>(x, L::exp_where);
-      const V r = exp.exp, live_r = live ? r : zero;
-      PolicyToken<V> token = token_loss(r, advantage);
-      if (kClamp) token.slope = (moved > clamp) | (moved < -clamp) ? zero : token.slope;
-      loss.add(token.loss);
-      unclipped.add(zero - advantage * r);
-      high.add(token.above_high);
-      low.add(token.below_low);
-      dual.add(token.above_dual);
-      k1.add(zero - x);
-      k3.add(exp.minus_one_and_t);
-      ratio.add(live_r);
-      square.add_square(live_r);
-      largest.add(live ? r : lowest);
-      negated_smallest.add(live ? zero - r : lowest);
-      return token;
-    }
-
-    PPOK_INLINE void settle() {
-      loss.settle();
-      unclipped.settle();
-      k1.settle();
-      k3.settle();
-    }
-
-    void store(double* out) const {
-      const double all[] = {loss.total(),
-                            unclipped.total(),
-                            high.total(),
-                            low.total(),
-                            dual.total(),
-                            k1.total(),
-                            k3.total(),
-                            ratio.total(),
-                            square.total(),
-                            largest.total(),
-                            negated_smallest.total()};
-      memcpy(out, all, sizeof all);
-    }
-  };
-
-  void publish(const double* total, double* stats) const {
-    const double ratio = total[kSums - 2];  // no ratio is negative: NaN if any is
-    memcpy(stats, total, kSums * sizeof(double));
-    stats[kSums] = ratio == ratio ? total[kSums] : ratio;
-    stats[kSums + 1] = ratio == ratio ? -total[kSums + 1] : ratio;
-  }
-};
-
-struct SquaredError {
-  static constexpr int kSums = 7, kExtremes = 0;
-  double clip, huber_delta;
-
-  template <class T>
-  struct Kernel {
-    using L = Lanes<T>;
-    using V = typename L::V;
-    const ClippedValue<V> token_loss;
-    Sum<T> loss, values, targets, errors, error_squares, target_squares;
-    Count<T> clipped;
-
-    explicit Kernel(const SquaredError& p)
-        : token_loss{L::splat(p.clip), L::splat(p.huber_delta)} {}
-
-    PPOK_INLINE ValueToken<V> add(V value, V old, V target, typename L::Mask) {
-      const ValueToken<V> token = token_loss(value, old, target);
-      const V error = value - target;
-      loss.add(token.loss);
-      clipped.add(token.clipped);
-      values.add(value);
-      targets.add(target);
-      errors.add(error);
-      error_squares.add_square(error);
-      target_squares.add_square(target);
-      return token;
-    }
-
-    PPOK_INLINE void settle() {}
-
-    void store(double* out) const {
-      const double all[] = {loss.total(),          clipped.total(), values.total(),
-                            targets.total(),       errors.total(),  error_squares.total(),
-                            target_squares.total()};
-      memcpy(out, all, sizeof all);
-    }
-  };
-
-  void publish(const double* total, double* stats) const {
-    memcpy(stats, total, kSums * sizeof(double));
-  }
-};
-
 template <class Loss>
-Fault reduce(const Loss& loss, const Inputs& in, const LossFrame& f) {
+Fault reduce(const Loss& loss, const LossInputs& in, const LossFrame& f) {
   return f.loss.dtype == kF64 ? reduce<double>(loss, in, f) : reduce<float>(loss, in, f);
 }
 
@@ -396,22 +249,11 @@ void scale(const ScaleGradient& a) {
 }  // namespace
 
 Fault clipped_loss(const ClippedLoss& a) {
-  const Inputs in{a.logprobs, a.old_logprobs, a.advantages, a.advantage_per_sequence};
-  const double low = 1. - a.clip_low, high = 1. + a.clip_high;
-  const bool bounded = a.dual_clip < INFINITY || a.log_ratio_clamp < INFINITY;
-  const auto run = [&](auto loss) { return reduce(loss, in, a.frame); };
-  switch (a.variant) {
-    default:  // kClip
-      if (bounded)
-        return run(
-            PolicyLoss<ClippedRatioOf<true>, true>{low, high, a.dual_clip, a.log_ratio_clamp});
-      return run(PolicyLoss<ClippedRatioOf<false>, false>{low, high, 0., 0.});
-  }
+  return with_loss(a, [&](auto loss) { return reduce(loss, inputs_of(a), a.frame); });
 }
 
 Fault value_loss(const ValueLoss& a) {
-  return reduce(SquaredError{a.clip, a.huber_delta},
-                Inputs{a.values, a.old_values, a.returns, false}, a.frame);
+  return with_loss(a, [&](auto loss) { return reduce(loss, inputs_of(a), a.frame); });
 }
 
 Fault scale_gradient(const ScaleGradient& a) {

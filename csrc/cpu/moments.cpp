@@ -14,12 +14,6 @@ namespace {
 
 // ---- sums ------------------------------------------------------------------------------------
 
-struct Tally {
-  double count, sum;
-};
-
-Tally merge(const Tally& a, const Tally& b) { return {a.count + b.count, a.sum + b.sum}; }
-
 constexpr int kDoubles = kLanes / 2;
 
 PPOK_INLINE vdouble select_doubles(const uint8_t* live, vdouble x) {
@@ -60,7 +54,7 @@ PPOK_INLINE View moved(View v, int64_t elements) {
 
 template <class T>
 void finish(const MaskedReduce& a, int64_t i, const Tally& s) {
-  static_cast<T*>(a.out.data)[i] = static_cast<T>(a.mean && s.count > 0. ? s.sum / s.count : s.sum);
+  static_cast<T*>(a.out.data)[i] = static_cast<T>(result_of(s, a.mean));
   static_cast<double*>(a.count.data)[i] = s.count;
 }
 
@@ -164,30 +158,15 @@ Moments all_moments(const MomentsForward& a) {
 
 // ---- whitening -------------------------------------------------------------------------------
 
-// x - mean with the mean in two parts of T: where x is near the mean, the first difference is
-// exact.
-template <class T>
-struct Center {
-  T high, low;
-  explicit Center(double mean) : high(static_cast<T>(mean)), low(static_cast<T>(mean - high)) {}
-  template <class V>
-  PPOK_INLINE V operator()(V x) const {
-    return (x - high) - low;
-  }
-};
-
 template <class T>
 void whiten_all(const WhitenForward& a) {
-  const Whitening w =
-      whitening(*static_cast<const Moments*>(a.moments.data), a.shift_mean, a.unbiased, a.eps);
-  const Center<T> center(w.mean);
-  const T scale = static_cast<T>(w.scale), shift = static_cast<T>(w.shift);
+  const WhitenElement<T> element(
+      whitening(*static_cast<const Moments*>(a.moments.data), a.shift_mean, a.unbiased, a.eps));
   for_blocks(a.rows * a.cols, a.threads, [&](int64_t from, int64_t n) {
     const Tile<T> x(a.x, a.cols, from, n);
     const LiveTile live(a.mask, a.cols, from, n);
     OutTile<T> out(a.out, from, n);
-    for (int64_t i = 0; i < n; i += Lanes<T>::kWidth)
-      out.set(i, live.select<T>(i, center(x[i]) * scale + shift));
+    for (int64_t i = 0; i < n; i += Lanes<T>::kWidth) out.set(i, live.select<T>(i, element(x[i])));
     out.write();
   });
 }
@@ -219,17 +198,14 @@ void whiten_gradient(const WhitenBackward& a) {
         return {sum, moment};
       });
 
-  const WhiteningGradient d =
-      whitening_gradient(moments, w, a.shift_mean, a.unbiased, g.sum, g.moment);
-  const Center<T> center(w.mean), center_grad(d.mean);
-  const T scale = static_cast<T>(d.scale), shift = static_cast<T>(d.shift);
-  const T slope = static_cast<T>(d.slope);
+  const WhitenElementGradient<T> element(
+      w.mean, whitening_gradient(moments, w, a.shift_mean, a.unbiased, g.sum, g.moment));
   for_blocks(tokens, a.threads, [&](int64_t from, int64_t n) {
     const Tile<T> grad(a.grad, a.cols, from, n), x(a.x, a.cols, from, n);
     const LiveTile live(a.mask, a.cols, from, n);
     OutTile<T> out(a.grad_x, from, n);
     for (int64_t i = 0; i < n; i += Lanes<T>::kWidth)
-      out.set(i, live.select<T>(i, center_grad(grad[i]) * scale + shift + center(x[i]) * slope));
+      out.set(i, live.select<T>(i, element(grad[i], x[i])));
     out.write();
   });
 }
@@ -243,6 +219,7 @@ Fault moments(const MomentsForward& a) {
 }
 
 Fault whiten(const WhitenForward& a) {
+  if (a.find_moments) moments({a.x, a.mask, a.rows, a.cols, a.moments, a.threads});
   a.x.dtype == kF64 ? whiten_all<double>(a) : whiten_all<float>(a);
   return {kNoFault, 0};
 }

@@ -1,8 +1,9 @@
 // The live steps of a run of tokens: reading masks and flags, squeezing masked steps out of a run
 // and putting them back.
 #pragma once
-#include "cpu/sequences.h"
+#include "cpu/tile.h"
 #include "math/scan.h"
+#include "sequences.h"
 
 namespace ppok {
 namespace PPOK_ISA {

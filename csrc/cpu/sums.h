@@ -117,5 +117,15 @@ struct Maximum<double> {
   double total() const { return value; }
 };
 
+// What loss_terms.h is written over.
+template <class Scalar>
+struct Terms : Lanes<Scalar> {
+  using T = Scalar;
+  using Sum = PPOK_ISA::Sum<T>;
+  using SumInGroups = PPOK_ISA::SumInGroups<T>;
+  using Count = PPOK_ISA::Count<T>;
+  using Maximum = PPOK_ISA::Maximum<T>;
+};
+
 }  // namespace PPOK_ISA
 }  // namespace ppok

@@ -2,6 +2,7 @@
 //
 // V is the scalar S or a vector of it.
 #pragma once
+#include <math.h>
 #include <stdint.h>
 
 #include "math/host_device.h"
@@ -9,7 +10,7 @@
 namespace ppok {
 namespace PPOK_ISA {
 
-// The order of ESTIMATORS in ppo_kernels/cpu/kl.py.
+// The order of ESTIMATORS in ppo_kernels/native/kl.py.
 enum Estimator : int64_t { kK1, kK2, kK3, kAbs };
 
 template <class S, class V>
@@ -68,6 +69,46 @@ PPOK_HD inline V kl_slope(V d, Exp exp_of) {
   if (kEstimator == kK2) return d;
   if (kEstimator == kK3) return -exponential<S>(-d, exp_of).minus_one;
   return d < S(0) ? V{} - S(1) : d > S(0) ? V{} + S(1) : V{};
+}
+
+// d (upstream value(clamp(d))) / dd, 0 where the clamp is active.
+template <Estimator kEstimator, class S, class V, class Exp>
+PPOK_HD_INLINE V kl_gradient(V d, S limit, V upstream, Exp exp_of) {
+  const V slope = kl_slope<kEstimator, S>(d, exp_of);
+  return (d > limit) | (d < -limit) ? V{} : upstream * slope;
+}
+
+// ---- rewards ------------------------------------------------------------------------------------
+
+PPOK_HD inline bool is_coefficient(double beta) { return beta >= 0. && beta < INFINITY; }
+
+template <class V, class S>
+PPOK_HD inline V kl_reward(V kl, S beta) {
+  return kl * -beta;
+}
+
+// With the score of the sequence, on its last live token.
+PPOK_HD inline double last_reward(double score, double kl, double beta) {
+  return score - beta * kl;
+}
+
+template <Estimator kEstimator>
+struct Chosen {
+  static constexpr Estimator value = kEstimator;
+};
+
+template <class Body>
+auto with_estimator(int64_t estimator, Body&& body) {
+  switch (estimator) {
+    case kK1:
+      return body(Chosen<kK1>());
+    case kK2:
+      return body(Chosen<kK2>());
+    case kK3:
+      return body(Chosen<kK3>());
+    default:
+      return body(Chosen<kAbs>());
+  }
 }
 
 }  // namespace PPOK_ISA

@@ -60,18 +60,17 @@ def shape_rewards(
     estimator: str,
     clamp: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if kl_coefs is not None:
-        kl_coef = kl_coefs.item()
-        _checks.number("kl_coef", kl_coef, low=0)
     dtype = _checks.compute_dtype(scores, logprobs, ref_logprobs)
     rewards, kl = native.empty(logprobs.shape, dtype), native.empty(logprobs.shape, dtype)
     last = native.empty(scores.shape, torch.int64)
     fault = native.module.shape_rewards(
         rows(scores), rows(logprobs), rows(ref_logprobs), rows(mask), rows(cu_seqlens),
-        *rows_cols(logprobs), scores.shape[0], ESTIMATORS.index(estimator), kl_coef, clamp,
-        pointer(rewards), pointer(kl), pointer(last), native.target(),
+        rows(kl_coefs), *rows_cols(logprobs), scores.shape[0], ESTIMATORS.index(estimator),
+        kl_coef, clamp, pointer(rewards), pointer(kl), pointer(last), native.target(),
     )  # fmt: skip
     if fault is not None:
+        if kl_coefs is not None:
+            _checks.number("kl_coef", kl_coefs.item(), low=0)
         assert cu_seqlens is not None
         _checks.cu_seqlens_contents(cu_seqlens, logprobs.shape[0])
     return rewards, kl, last

@@ -44,8 +44,8 @@ def moments(native: Native, x: Tensor, mask: Tensor | None) -> Tensor:
 def whiten_forward(
     native: Native, x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
-    state = moments(native, x, mask)
-    return whiten_apply(native, x, mask, state, shift_mean, unbiased, eps), state
+    state = native.empty((3,), torch.float64)
+    return _whiten(native, x, mask, state, True, shift_mean, unbiased, eps), state
 
 
 def whiten_apply(
@@ -57,11 +57,24 @@ def whiten_apply(
     unbiased: bool,
     eps: float,
 ) -> Tensor:
+    return _whiten(native, x, mask, moments, False, shift_mean, unbiased, eps)
+
+
+def _whiten(
+    native: Native,
+    x: Tensor,
+    mask: Tensor | None,
+    moments: Tensor,
+    find_moments: bool,
+    shift_mean: bool,
+    unbiased: bool,
+    eps: float,
+) -> Tensor:
     out = native.empty(x.shape, _checks.compute_dtype(x))
     x, mask = two_leading_each(x, mask)
     native.module.whiten(
-        rows(x), rows(mask), rows(moments), *rows_cols(x), shift_mean, unbiased, eps,
-        pointer(out), native.target(),
+        rows(x), rows(mask), rows(moments), find_moments, *rows_cols(x), shift_mean, unbiased,
+        eps, pointer(out), native.target(),
     )  # fmt: skip
     return out
 

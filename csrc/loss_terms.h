@@ -1,0 +1,171 @@
+// What the tokens add to a loss and its metrics, in the order of ppo_kernels/metrics.py. Host and
+// device.
+//
+// A kernel is written once over Terms: the lanes it works on, and what the terms of each lane are
+// summed in (cpu/sums.h and cuda/sums.cuh).
+#pragma once
+#include <string.h>
+
+#include "kernels.h"
+#include "math/kl.h"
+#include "math/losses.h"
+
+namespace ppok {
+namespace PPOK_ISA {
+
+template <bool kDual>
+struct ClippedRatioOf {
+  template <class V>
+  using Token = ClippedRatio<V, kDual>;
+};
+
+// Variant::Token<V>{low, high, dual} maps (ratio, advantage) to a PolicyToken.
+template <class Variant, bool kClamp>
+struct PolicyLoss {
+  static constexpr int kSums = 9, kExtremes = 2;
+  double low, high, dual, clamp;
+
+  template <class Terms>
+  struct Kernel {
+    using T = typename Terms::T;
+    using V = typename Terms::V;
+    const typename Variant::template Token<V> token_loss;
+    const T clamp;
+    typename Terms::SumInGroups loss, unclipped, k1, k3;
+    typename Terms::Sum ratio, square;
+    typename Terms::Count high, low, dual;
+    typename Terms::Maximum largest, negated_smallest;
+
+    PPOK_HD explicit Kernel(const PolicyLoss& p)
+        : token_loss{Terms::splat(p.low), Terms::splat(p.high), Terms::splat(p.dual)},
+          clamp(static_cast<T>(p.clamp)) {}
+
+    PPOK_HD_INLINE PolicyToken<V> add(V logprob, V old, V advantage, typename Terms::Mask live) {
+      const V zero{}, lowest = Terms::splat(-INFINITY);
+      const V moved = logprob - old;
+      const V x = kClamp ? clamp_ratio<T>(moved, clamp) : moved;
+      const Exponential<V> exp = exponential<T>(x, Terms::exp_where);
+      const V r = exp.exp, live_r = live ? r : zero;
+      PolicyToken<V> token = token_loss(r, advantage);
+      if (kClamp) token.slope = (moved > clamp) | (moved < -clamp) ? zero : token.slope;
+      loss.add(token.loss);
+      unclipped.add(zero - advantage * r);
+      high.add(token.above_high);
+      low.add(token.below_low);
+      dual.add(token.above_dual);
+      k1.add(zero - x);
+      k3.add(exp.minus_one_and_t);
+      ratio.add(live_r);
+      square.add_square(live_r);
+      largest.add(live ? r : lowest);
+      negated_smallest.add(live ? zero - r : lowest);
+      return token;
+    }
+
+    PPOK_HD_INLINE void settle() {
+      loss.settle();
+      unclipped.settle();
+      k1.settle();
+      k3.settle();
+    }
+
+    PPOK_HD void store(double* out) const {
+      const double all[] = {loss.total(),
+                            unclipped.total(),
+                            high.total(),
+                            low.total(),
+                            dual.total(),
+                            k1.total(),
+                            k3.total(),
+                            ratio.total(),
+                            square.total(),
+                            largest.total(),
+                            negated_smallest.total()};
+      memcpy(out, all, sizeof all);
+    }
+  };
+
+  PPOK_HD void publish(const double* total, double* stats) const {
+    const double ratio = total[kSums - 2];  // no ratio is negative: NaN if any is
+    memcpy(stats, total, kSums * sizeof(double));
+    stats[kSums] = ratio == ratio ? total[kSums] : ratio;
+    stats[kSums + 1] = ratio == ratio ? -total[kSums + 1] : ratio;
+  }
+};
+
+struct SquaredError {
+  static constexpr int kSums = 7, kExtremes = 0;
+  double clip, huber_delta;
+
+  template <class Terms>
+  struct Kernel {
+    using V = typename Terms::V;
+    const ClippedValue<V> token_loss;
+    typename Terms::Sum loss, values, targets, errors, error_squares, target_squares;
+    typename Terms::Count clipped;
+
+    PPOK_HD explicit Kernel(const SquaredError& p)
+        : token_loss{Terms::splat(p.clip), Terms::splat(p.huber_delta)} {}
+
+    PPOK_HD_INLINE ValueToken<V> add(V value, V old, V target, typename Terms::Mask) {
+      const ValueToken<V> token = token_loss(value, old, target);
+      const V error = value - target;
+      loss.add(token.loss);
+      clipped.add(token.clipped);
+      values.add(value);
+      targets.add(target);
+      errors.add(error);
+      error_squares.add_square(error);
+      target_squares.add_square(target);
+      return token;
+    }
+
+    PPOK_HD_INLINE void settle() {}
+
+    PPOK_HD void store(double* out) const {
+      const double all[] = {loss.total(),          clipped.total(), values.total(),
+                            targets.total(),       errors.total(),  error_squares.total(),
+                            target_squares.total()};
+      memcpy(out, all, sizeof all);
+    }
+  };
+
+  PPOK_HD void publish(const double* total, double* stats) const {
+    memcpy(stats, total, kSums * sizeof(double));
+  }
+};
+
+// body(loss) for the loss that the arguments ask for.
+template <class Body>
+auto with_loss(const ClippedLoss& a, Body&& body) {
+  const double low = 1. - a.clip_low, high = 1. + a.clip_high;
+  const bool bounded = a.dual_clip < INFINITY || a.log_ratio_clamp < INFINITY;
+  switch (a.variant) {
+    default:  // kClip
+      if (bounded)
+        return body(
+            PolicyLoss<ClippedRatioOf<true>, true>{low, high, a.dual_clip, a.log_ratio_clamp});
+      return body(PolicyLoss<ClippedRatioOf<false>, false>{low, high, 0., 0.});
+  }
+}
+
+template <class Body>
+auto with_loss(const ValueLoss& a, Body&& body) {
+  return body(SquaredError{a.clip, a.huber_delta});
+}
+
+// Three inputs per token; the third may come as one value per sequence.
+struct LossInputs {
+  View live, constant, target;
+  bool target_per_sequence;
+};
+
+inline LossInputs inputs_of(const ClippedLoss& a) {
+  return {a.logprobs, a.old_logprobs, a.advantages, a.advantage_per_sequence};
+}
+inline LossInputs inputs_of(const ValueLoss& a) {
+  return {a.values, a.old_values, a.returns, false};
+}
+
+}  // namespace PPOK_ISA
+}  // namespace ppok
