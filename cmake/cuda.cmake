@@ -51,7 +51,12 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
   list(APPEND CUDA_FLAGS --compress-mode=size)
 endif()
 
-add_library(kernels_cuda OBJECT csrc/cuda/logprob.cu csrc/cuda/scan.cu)
+add_library(kernels_cuda OBJECT
+  csrc/cuda/kl.cu
+  csrc/cuda/logprob.cu
+  csrc/cuda/losses.cu
+  csrc/cuda/moments.cu
+  csrc/cuda/scan.cu)
 pybind11_add_module(_cuda csrc/cuda/bindings.cpp)
 foreach(target kernels_cuda _cuda)
   target_include_directories(${target} PRIVATE csrc)

@@ -179,7 +179,7 @@ def test_every_dimension(name, shape):
 @pytest.mark.parametrize("name", EXECUTORS)
 def test_long_sums_of_fp32_keep_every_digit(name):
     """fp32 accumulation would stop growing at 2^24, and lose the fractions long before."""
-    n = 1200 if name == "triton" else 5000  # interpreted programs take long
+    n = 5000 if name == "torch" or name.startswith("cpu") else 1200  # others take long
     x = torch.ones(1, 1).expand(n, n)
     with executor(name):
         assert pk.masked_sum(x).item() == n * n

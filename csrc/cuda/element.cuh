@@ -91,7 +91,7 @@ constexpr int kLanes = kVectorBytes / sizeof(E);
 template <class E>
 using Lanes = Vector<E, kLanes<E>>;
 
-__device__ inline bool is_aligned(const void* p) {
+PPOK_HD inline bool is_aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
 }
 

@@ -24,7 +24,17 @@ namespace PPOK_ISA {
   X(logprob_forward, LogprobForward)   \
   X(logprob_backward, LogprobBackward) \
   X(scan_forward, ScanForward)         \
-  X(scan_backward, ScanBackward)
+  X(scan_backward, ScanBackward)         \
+  X(clipped_loss, ClippedLoss)         \
+  X(value_loss, ValueLoss)             \
+  X(scale_gradient, ScaleGradient)     \
+  X(masked_reduce, MaskedReduce)       \
+  X(moments, MomentsForward)           \
+  X(whiten, WhitenForward)             \
+  X(whiten_backward, WhitenBackward)   \
+  X(kl_forward, KlForward)             \
+  X(kl_backward, KlBackward)           \
+  X(shape_rewards, ShapeRewards)
 
 #define PPOK_LAUNCHER(name, Args)                    \
   const char* name(const Args& args, const Launch&); \

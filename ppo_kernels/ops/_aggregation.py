@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _checks
 from .._op import OPS, Op, forbid_double_backward
 from ..cpu import kernel as cpu
+from ..cuda import kernel as cuda
 from ..native import losses as native
 from ..triton import kernel as triton
 
@@ -204,5 +205,6 @@ _SCALE = Op(
     function="clipped_loss",
     fake=lambda gradient, upstream, dtype: gradient.new_empty(gradient.shape, dtype=dtype),
     cpu=cpu(native.scale_gradient),
+    cuda=cuda(native.scale_gradient),
     triton=triton("losses", "scale_gradient"),
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks
 from .._op import Op, count
 from ..cpu import kernel as cpu
+from ..cuda import kernel as cuda
 from ..metrics import POLICY_STATS, PolicyMetrics
 from ..native import losses as native
 from ..triton import kernel as triton
@@ -276,5 +277,6 @@ _LOSS = Op(
     fake=_fake,
     autograd=lambda *args: _aggregation.autograd("clipped_loss", *args),
     cpu=cpu(native.clipped_loss),
+    cuda=cuda(native.clipped_loss),
     triton=triton("losses", "clipped_loss"),
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
 from ..cpu import kernel as cpu
+from ..cuda import kernel as cuda
 from ..native import kl as native
 from ..triton import kernel as triton
 
@@ -188,6 +189,7 @@ _FORWARD = Op(
     fake=_fake_forward,
     autograd=_autograd,
     cpu=cpu(native.kl_forward),
+    cuda=cuda(native.kl_forward),
     triton=triton("kl", "kl_forward"),
 )
 BACKWARD = Op(
@@ -197,5 +199,6 @@ BACKWARD = Op(
     function="kl_penalty",
     fake=lambda grad, logprobs, *args: logprobs.new_empty(logprobs.shape),
     cpu=cpu(native.kl_backward),
+    cuda=cuda(native.kl_backward),
     triton=triton("kl", "kl_backward"),
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
 from ..cpu import kernel as cpu
+from ..cuda import kernel as cuda
 from ..native import moments as native
 from ..triton import kernel as triton
 
@@ -287,6 +288,7 @@ _SUM: Op = Op(
     fake=_fake_reduce,
     autograd=lambda *args: _autograd_reduce(_SUM, *args),
     cpu=cpu(partial(native.masked_reduce, mean=False)),
+    cuda=cuda(partial(native.masked_reduce, mean=False)),
     triton=triton("moments", "masked_sum"),
 )
 _MEAN: Op = Op(
@@ -296,6 +298,7 @@ _MEAN: Op = Op(
     fake=_fake_reduce,
     autograd=lambda *args: _autograd_reduce(_MEAN, *args),
     cpu=cpu(partial(native.masked_reduce, mean=True)),
+    cuda=cuda(partial(native.masked_reduce, mean=True)),
     triton=triton("moments", "masked_mean"),
 )
 _MOMENTS = Op(
@@ -304,6 +307,7 @@ _MOMENTS = Op(
     function="whiten",
     fake=_fake_moments,
     cpu=cpu(native.moments),
+    cuda=cuda(native.moments),
     triton=triton("moments", "moments"),
 )
 _WHITEN = Op(
@@ -313,6 +317,7 @@ _WHITEN = Op(
     fake=lambda x, *args: (_fake_apply(x), _fake_moments(x)),
     autograd=_autograd_whiten,
     cpu=cpu(native.whiten_forward),
+    cuda=cuda(native.whiten_forward),
     triton=triton("moments", "whiten_forward"),
 )
 _APPLY = Op(
@@ -321,6 +326,7 @@ _APPLY = Op(
     function="whiten",
     fake=_fake_apply,
     cpu=cpu(native.whiten_apply),
+    cuda=cuda(native.whiten_apply),
     triton=triton("moments", "whiten_apply"),
 )
 _WHITEN_BACKWARD = Op(
@@ -330,5 +336,6 @@ _WHITEN_BACKWARD = Op(
     function="whiten",
     fake=lambda grad, x, *args: x.new_empty(x.shape),
     cpu=cpu(native.whiten_backward),
+    cuda=cuda(native.whiten_backward),
     triton=triton("moments", "whiten_backward"),
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
 from ..cpu import kernel as cpu
+from ..cuda import kernel as cuda
 from ..native import kl as native
 from ..triton import kernel as triton
 from . import kl
@@ -213,5 +214,6 @@ _FORWARD = Op(
     fake=_fake,
     autograd=_autograd,
     cpu=cpu(native.shape_rewards),
+    cuda=cuda(native.shape_rewards),
     triton=triton("kl", "shape_rewards"),
 )

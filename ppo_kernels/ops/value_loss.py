@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _checks
 from .._op import Op, count
 from ..cpu import kernel as cpu
+from ..cuda import kernel as cuda
 from ..metrics import VALUE_STATS, ValueMetrics
 from ..native import losses as native
 from ..triton import kernel as triton
@@ -166,5 +167,6 @@ _LOSS = Op(
     fake=_fake,
     autograd=lambda *args: _aggregation.autograd("value_loss", *args),
     cpu=cpu(native.value_loss),
+    cuda=cuda(native.value_loss),
     triton=triton("losses", "value_loss"),
 )
