@@ -364,10 +364,10 @@ __global__ void take_turns(uint32_t* turn, uint32_t* log, int rounds) {
   }
 }
 
-// A wait that ends is no livelock, however few looks are enough for one.
+// A wait that ends is no livelock, when as many looks are enough for one as a turn of its loop has.
 void test_waits() {
-  const int blocks = 4, rounds = 200;
-  for (int limit : {1, 2, 10}) {
+  const int blocks = 4, rounds = 2000;
+  for (int limit : {2, 3, 10}) {
     uint32_t turn = 0;
     std::vector<uint32_t> log(blocks * rounds);
     emulator::config.poll_limit = limit;
