@@ -1,5 +1,7 @@
 """Losses, KL and moments in CUDA C++ beyond the cube: cuts, sequences, grids and schedules."""
 
+import math
+
 import cuda_emulated
 import pytest
 import torch
@@ -210,4 +212,5 @@ def test_blocks_without_a_live_token_and_far_from_each_other(n):
         leaf = x.clone().requires_grad_()
         y = pk.whiten(leaf, mask, backend=backend)
         to += [y.detach(), *torch.autograd.grad(y, leaf, upstream)]
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    # Either side rounds its mean to half a unit in the last place of 1e4, and what it subtracts.
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=4 * math.ulp(1e4))

@@ -141,7 +141,7 @@ class OfSequence {
     if (c_.target_per_sequence) target = read_one<T>(c_.target.view, 0, s);
     if (c_.f.aggregation == kSeqMeanTokenMean) weight = share_of<T>(weight_, c_.count_of(s));
   }
-  T target = T(0), weight = T(0);
+  T target = T(0), weight = T(NAN);  // NaN: of no sequence, as the offsets are wrong
 
  private:
   const Call& c_;
