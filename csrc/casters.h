@@ -63,6 +63,8 @@ PPOK_FIELDS(LogprobForward, View, View, View, View, i64, i64, i64, i64, double, 
 PPOK_FIELDS(LogprobBackward, View, View, View, View, View, View, View, View, i64, i64, i64, i64,
             double, double, double, View);
 PPOK_FIELDS(ScanForward, View, View, View, View, ScanSetting, View, View);
+PPOK_FIELDS(VTrace, View, View, double, double, double, View, View, View, View, ScanSetting, View,
+            View);
 PPOK_FIELDS(ScanBackward, View, View, ScanSetting, View, View, View, View);
 PPOK_FIELDS(CategoricalKlForward, View, View, View, i64, i64, i64, double, View, View);
 PPOK_FIELDS(CategoricalKlBackward, View, View, View, View, View, View, i64, i64, i64, bool, double,

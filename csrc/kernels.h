@@ -70,6 +70,14 @@ struct ScanForward {
   int64_t threads;
 };
 
+// The ratio of a step is that of the probabilities of its action; a threshold may be infinite but
+// for c_clip.
+struct VTrace {
+  View logprobs, rollout_logprobs;
+  double rho_clip, c_clip, pg_rho_clip;
+  ScanForward scan;
+};
+
 struct ScanBackward {
   View grad_advantages, grad_returns;  // either may be absent
   ScanSetting setting;
@@ -206,6 +214,7 @@ struct ShapeRewards {
   X(logprob_backward, LogprobBackward)              \
   X(scan_forward, ScanForward)                      \
   X(scan_backward, ScanBackward)                    \
+  X(vtrace, VTrace)                                 \
   X(clipped_loss, ClippedLoss)                      \
   X(value_loss, ValueLoss)                          \
   X(scale_gradient, ScaleGradient)                  \

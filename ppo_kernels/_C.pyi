@@ -78,6 +78,22 @@ def scan_backward(
     threads: int,
     /,
 ) -> Fault: ...
+def vtrace(
+    logprobs: View,
+    rollout_logprobs: View,
+    rho_clip: float,
+    c_clip: float,
+    pg_rho_clip: float,
+    rewards: View,
+    values: View,
+    next_values: View,
+    bootstrap: View,
+    setting: ScanSetting,
+    advantages: View,
+    returns: View,
+    threads: int,
+    /,
+) -> Fault: ...
 def clipped_loss(
     logprobs: View,
     old_logprobs: View,

@@ -19,6 +19,7 @@ from .ops.moments import masked_mean, masked_sum, whiten
 from .ops.returns import discounted_returns
 from .ops.rewards import ShapedRewards, shape_rewards
 from .ops.value_loss import ValueLoss, value_loss
+from .ops.vtrace import VTrace, vtrace
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "LogProbs",
     "PolicyMetrics",
     "ShapedRewards",
+    "VTrace",
     "ValueLoss",
     "ValueMetrics",
     "categorical_kl",
@@ -44,5 +46,6 @@ __all__ = [
     "shape_rewards",
     "use_backend",
     "value_loss",
+    "vtrace",
     "whiten",
 ]

@@ -23,9 +23,10 @@ BAD_VALUE_LAMBDA, BAD_COEFFICIENT = 5, 6
 FAULT_KIND_BITS = 8
 
 
-def compute_dtype(*inputs: Tensor) -> torch.dtype:
+def compute_dtype(*inputs: Tensor | None) -> torch.dtype:
     """Of arithmetic and results: fp32, or fp64 as soon as one input is."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
+    double = any(t is not None and t.dtype == torch.float64 for t in inputs)
+    return torch.float64 if double else torch.float32
 
 
 def tensor(name: str, value: Any, dtypes: Sequence[torch.dtype] | None = None) -> None:

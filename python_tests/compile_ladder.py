@@ -325,6 +325,20 @@ def _scan() -> Iterator[Launch]:
             )
         )
 
+    def vtrace(dtype: torch.dtype, convention: str | None, packed: bool) -> None:
+        shape, sequences = ((2**18,), 64) if packed else ((64, 4096), 64)
+        numbers = [meta(*shape, dtype=dtype) for _ in range(5)]
+        extra: dict[str, Any] = {}
+        if packed:
+            extra |= {"cu_seqlens": meta(sequences + 1, dtype=torch.int64)}
+        else:
+            numbers[3] = meta(64, 4097, dtype=dtype)
+        if convention:
+            extra |= {"mask": meta(*shape, dtype=torch.bool), "mask_convention": convention}
+            extra |= {k: meta(*shape, dtype=torch.bool) for k in ("terminated", "truncated")}
+            extra |= {"next_values": numbers[4], "lam": meta(sequences)}
+        pk.vtrace(*numbers[:4], gamma=0.99, backend="triton", **extra)
+
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         name = str(dtype).removeprefix("torch.")
         yield Launch("scan", f"{name} [64, 4096]", partial(plain, dtype, 64, 4096))
@@ -332,6 +346,10 @@ def _scan() -> Iterator[Launch]:
             label = f"{name} {'packed' if packed else 'padded'} {convention} everything"
             call = partial(everything, dtype, convention, packed)
             yield Launch("scan", label, call, dtype == torch.float32)
+        for convention, packed in ((None, False), ("carry", True), ("truncate", False)):
+            label = f"vtrace {name} {'packed' if packed else 'padded'} {convention or 'plain'}"
+            call = partial(vtrace, dtype, convention, packed)
+            yield Launch("scan", label, call, (dtype, packed) == (torch.float32, True))
     yield Launch("scan", "float32 packed returns", partial(returns, torch.float32, 2**16))
     yield Launch("scan", "float32 [1, 2^24]", partial(plain, torch.float32, 1, 2**24))
 

@@ -1,8 +1,11 @@
-"""What the tests of gae and discounted_returns compare with, and the batches they run on.
+"""What the tests of the scans compare with, and the batches they run on.
 
-The oracle is a plain loop over Python floats, one sequence at a time, that first lists the steps
-which exist and then walks them as Schulman et al. 2016 (arXiv:1506.02438) define the estimator.
+The oracles are plain loops over Python floats, one sequence at a time, that first list the steps
+which exist and then walk them: as Schulman et al. 2016 (arXiv:1506.02438) define the estimator, and
+for V-trace as remark 1 of Espeholt et al. 2018 (arXiv:1802.01561), over targets, not differences.
 """
+
+import math
 
 import torch
 from device import DEVICE, seeded
@@ -15,7 +18,8 @@ COMPILED = [e for e in EXECUTORS if e != "torch"]
 CHUNK = 1024  # of csrc/cpu/block_scan.h
 CONVENTIONS = [None, "carry", "zero", "truncate"]
 NAN = float("nan")
-TOKENS = ("rewards", "values", "next_values", "mask", "terminated", "truncated")
+NUMBERS = ("rewards", "values", "next_values", "logprobs", "rollout_logprobs")
+TOKENS = (*NUMBERS, "mask", "terminated", "truncated")
 
 
 def oracle(
@@ -31,23 +35,7 @@ def oracle(
     next_values=None,
 ):
     """Advantages of one sequence; lists of numbers in, list of numbers out."""
-    steps = list(range(len(rewards)))
-    live = steps if mask is None else [t for t in steps if mask[t]]
-    after_the_end = bootstrap
-    if convention == "carry":
-        steps = live
-    elif convention == "truncate":
-        if not live or live[-1] != steps[-1]:
-            after_the_end = 0.0
-        steps = steps[: live[-1] + 1] if live else []
-    alive = set(live)
-
-    def number(x, t):
-        return x[t] if t in alive else 0.0
-
-    def flag(x, t):
-        return x is not None and t in alive and bool(x[t])
-
+    steps, alive, after_the_end, number, flag = _existing(len(rewards), mask, convention, bootstrap)
     advantages = [0.0] * len(rewards)
     accumulated = 0.0
     for t, following in reversed(list(zip(steps, [*steps[1:], None], strict=False))):
@@ -62,6 +50,68 @@ def oracle(
         if t in alive:
             advantages[t] = accumulated
     return advantages
+
+
+def vtrace_oracle(
+    logprobs,
+    rollout_logprobs,
+    rewards,
+    values,
+    gamma,
+    lam=1.0,
+    rho_clip=1.0,
+    c_clip=1.0,
+    pg_rho_clip=1.0,
+    bootstrap=0.0,
+    mask=None,
+    convention=None,
+    terminated=None,
+    truncated=None,
+    next_values=None,
+):
+    """Advantages and returns of one sequence; lists of numbers in, lists of numbers out."""
+    steps, alive, after_the_end, number, flag = _existing(len(rewards), mask, convention, bootstrap)
+    advantages, returns = [0.0] * len(rewards), [0.0] * len(rewards)
+    next_value = next_target = after_the_end
+    for t in reversed(steps):
+        if flag(terminated, t):
+            next_value = next_target = 0.0
+        elif flag(truncated, t):
+            next_value = next_target = next_values[t]
+        reward, value = number(rewards, t), number(values, t)
+        log_ratio = number(logprobs, t) - number(rollout_logprobs, t)
+
+        def ratio(clip, log_ratio=log_ratio):
+            return math.exp(log_ratio) if clip is None else min(clip, math.exp(log_ratio))
+
+        error = ratio(rho_clip) * (reward + gamma * next_value - value)
+        target = value + error + gamma * lam * ratio(c_clip) * (next_target - next_value)
+        if t in alive:
+            advantages[t] = ratio(pg_rho_clip) * (reward + gamma * next_target - value)
+            returns[t] = target
+        next_value, next_target = value, target
+    return advantages, returns
+
+
+def _existing(count, mask, convention, bootstrap):
+    """The steps, those that are live, what follows them, how to read a number and a flag of one."""
+    steps = list(range(count))
+    live = steps if mask is None else [t for t in steps if mask[t]]
+    if convention == "carry":
+        steps = live
+    elif convention == "truncate":
+        if not live or live[-1] != steps[-1]:
+            bootstrap = 0.0
+        steps = steps[: live[-1] + 1] if live else []
+    alive = set(live)
+
+    def number(x, t):
+        return x[t] if t in alive else 0.0
+
+    def flag(x, t):
+        return x is not None and t in alive and bool(x[t])
+
+    return steps, alive, bootstrap, number, flag
 
 
 def close(got, expected, dtype=torch.float32):
@@ -104,7 +154,9 @@ def batch(seed, lengths, dtype=torch.float64, density=0.7, flag_rate=0.15):
 
 def hide(sequences):
     """The same batch with NaN under the mask."""
-    return [s | {k: torch.where(s["mask"], s[k], NAN) for k in TOKENS[:3]} for s in sequences]
+    return [
+        s | {k: torch.where(s["mask"], s[k], NAN) for k in NUMBERS if k in s} for s in sequences
+    ]
 
 
 def pad(rows, width, fill):
@@ -122,7 +174,7 @@ def packed(sequences, keys):
 def padded(sequences, keys):
     """Right padding: NaN under a mask that is 0 there."""
     width = max(len(s["rewards"]) for s in sequences)
-    fill = {"rewards": NAN, "values": NAN, "next_values": NAN}
+    fill = dict.fromkeys(NUMBERS, NAN)
     rows = {k: pad([s[k] for s in sequences], width, fill.get(k, k != "mask")) for k in keys}
     ones = [torch.ones(len(s["rewards"]), dtype=torch.bool) for s in sequences]
     return {"mask": pad(ones, width, False)} | rows
@@ -150,9 +202,9 @@ options = st.fixed_dictionaries(
 )
 
 
-def arguments(o, sequences, layout=packed):
+def arguments(o, sequences, layout=packed, numbers=("rewards", "values")):
     """The keyword arguments of gae, and each sequence's arguments of the oracle."""
-    keys = ["rewards", "values"]
+    keys = list(numbers)
     keys += ["mask"] if o["convention"] else []
     keys += ["terminated"] if o["terminated"] else []
     keys += ["truncated", "next_values"] if o["truncated"] else []

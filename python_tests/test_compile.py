@@ -9,7 +9,7 @@ import ppo_kernels as pk
 
 KERNELS = kernels(
     *("logprobs_from_logits", "shape_rewards", "gae", "whiten", "clipped_loss", "value_loss"),
-    *("kl_penalty", "masked_mean", "masked_sum", "discounted_returns"),
+    *("kl_penalty", "masked_mean", "masked_sum", "discounted_returns", "vtrace"),
 )
 
 
@@ -36,7 +36,12 @@ def step(logits, values, batch):
         + 0.05 * pk.masked_sum(penalty, mask) / mask.sum()
     )
     returned = pk.discounted_returns(rewards, gamma=0.9)
-    return loss, policy.metrics.kl_k1, value.metrics.explained_variance, kl, returned
+    targets = pk.vtrace(
+        logprobs, batch["old_logprobs"], rewards, batch["old_values"], gamma=1.0, lam=0.95,
+        mask=mask, mask_convention="truncate",
+    )  # fmt: skip
+    loss = loss - pk.masked_mean(targets.advantages * logprobs, mask)
+    return loss, policy.metrics.kl_k1, value.metrics.explained_variance, kl, returned, *targets
 
 
 def example():

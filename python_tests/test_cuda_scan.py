@@ -49,6 +49,18 @@ def results(inputs, upstream=None, backend=BACKEND):
     return [x.detach() for x in (*got, *grads)]
 
 
+def off_policy(inputs, seed=7):
+    """The same for vtrace."""
+    g = torch.Generator().manual_seed(seed)
+    rewards = inputs["rewards"]
+    logprobs, change = torch.randn((2, rewards.numel()), generator=g).to(rewards.dtype)
+    more = {"logprobs": logprobs, "rollout_logprobs": logprobs + 0.05 * change, "c_clip": 1.05}
+    if "mask" in inputs:
+        for x in (more["logprobs"], more["rollout_logprobs"]):
+            x[~inputs["mask"]] = torch.nan
+    return {k: x for k, x in inputs.items() if k != "value_lam"} | more
+
+
 # Sequences longer than a node of the third level, tiles of nothing but short ones, ends on the
 # edges of tiles and nodes.
 LENGTHS = {
@@ -72,6 +84,19 @@ def test_every_schedule_gives_the_bits_of_the_recurrence(lengths, convention):
                 assert torch.equal(got, wanted), schedule
 
 
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=list(LENGTHS))
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_every_schedule_gives_the_bits_of_vtrace(lengths, convention):
+    inputs = off_policy(example(lengths, convention, dtype=torch.float64))
+    expected = pk.vtrace(**inputs, backend=BACKEND)
+    for got, wanted in zip(expected, pk.vtrace(**inputs, backend="cpu"), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+    for schedule in cuda_emulated.SCHEDULES:
+        with cuda_emulated.scheduled(**schedule):
+            for got, wanted in zip(pk.vtrace(**inputs, backend=BACKEND), expected, strict=True):
+                assert torch.equal(got, wanted), schedule
+
+
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("before", [1, FAN - 1, FAN, FAN + 1, TILE - FAN * FAN, TILE, TILE + 77])
 def test_bits_do_not_depend_on_the_place_in_a_tile(convention, before):
@@ -88,6 +113,12 @@ def test_bits_do_not_depend_on_the_place_in_a_tile(convention, before):
     upstream = torch.cos(torch.arange(n) * 0.1)
     around = torch.cat([torch.ones(before), upstream, torch.ones(20)])
     for got, wanted in zip(results(among, around), results(alone, upstream), strict=True):
+        assert torch.equal(got[before : before + n], wanted)
+    with_ratios, expected = off_policy(among), off_policy(alone)
+    for k in ("logprobs", "rollout_logprobs"):
+        with_ratios[k][before : before + n] = expected[k]
+    results_of = [pk.vtrace(**x, backend=BACKEND) for x in (with_ratios, expected)]
+    for got, wanted in zip(*results_of, strict=True):
         assert torch.equal(got[before : before + n], wanted)
 
 

@@ -159,6 +159,18 @@ def test_bad_offsets_are_a_fault(backend, offsets, where, convention):
     with pytest.raises(ValueError, match=rf"cu_seqlens: expected .* at flat position {where} in"):
         pk.check()
     pk.check()
+    x = x.detach()
+    got = pk.vtrace(
+        *(x, x, x, x), gamma=0.9, cu_seqlens=torch.tensor(offsets, device=device),
+        backend=backend, **masked,
+    )  # fmt: skip
+    for part in got:
+        if offsets == [0, 40]:
+            assert part.isnan().tolist() == [False] * 40 + [True] * 50
+        if offsets == [0]:
+            assert part.isnan().all()
+    with pytest.raises(ValueError, match=rf"cu_seqlens: expected .* at flat position {where} in"):
+        pk.check()
 
 
 @pytest.mark.parametrize("backend", SCANS)
@@ -175,4 +187,10 @@ def test_a_bad_lambda_is_a_fault(backend, value):
     assert got.advantages.isfinite().all()
     assert got.returns.isnan().all(1).tolist() == [False, False, True, True]
     with pytest.raises(ValueError, match=r"^value_lam: expected .* at flat position 2 in"):
+        pk.check()
+    got = pk.vtrace(x, x, x, x, gamma=0.9, lam=lam, backend=backend)
+    for part in got:
+        assert part.isnan().all(1).tolist() == [False, False, True, True]
+        assert part[:2].isfinite().all()
+    with pytest.raises(ValueError, match=r"^lam: expected .* at flat position 2 in"):
         pk.check()

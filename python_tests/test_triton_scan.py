@@ -18,6 +18,7 @@ from ppo_kernels.triton import _configs, scan
 DEVICE = device_of("triton")
 CHUNK = 8  # in these tests, so that short sequences have many levels of chunks
 CONVENTIONS = [None, "carry", "zero", "truncate"]
+NUMBERS = ("rewards", "values", "next_values", "logprobs", "rollout_logprobs")
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def example(lengths, seed=0, density=0.7, flag_rate=0.05):
         return torch.rand(n, generator=g) < rate
 
     mask, truncated = chosen(density), chosen(flag_rate)
-    return {
+    inputs = {
         "rewards": normal(),
         "values": normal(),
         "next_values": torch.where(truncated, normal(), torch.nan),
@@ -54,18 +55,31 @@ def example(lengths, seed=0, density=0.7, flag_rate=0.05):
         "value_lam": 0.97,
         "gamma": 0.99,
     }
+    logprobs = normal()
+    return inputs | {"logprobs": logprobs, "rollout_logprobs": logprobs + 0.3 * normal()}
+
+
+def prepared(inputs, convention, *without):
+    """On the device, with NaN under the mask, which without a convention is left out."""
+    inputs = {k: v for k, v in inputs.items() if k not in without}
+    if convention is None:
+        inputs.pop("mask", None)
+    else:
+        for k in inputs.keys() & {*NUMBERS}:
+            x = inputs[k] = inputs[k].clone()
+            x[..., : inputs["mask"].shape[-1]][~inputs["mask"]] = torch.nan
+    return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+def targets(inputs, convention, backend="triton"):
+    """Advantages and returns of vtrace, on the CPU."""
+    inputs = prepared(inputs, convention, "value_lam") | {"rho_clip": 1.2, "c_clip": 1.1}
+    return [x.cpu() for x in pk.vtrace(**inputs, mask_convention=convention, backend=backend)]
 
 
 def results(inputs, convention, backend="triton", upstream=None):
     """Advantages, returns and gradients, on the CPU."""
-    inputs = dict(inputs)
-    if convention is None:
-        inputs.pop("mask", None)
-    else:
-        for k in ("rewards", "values", "next_values"):
-            x = inputs[k] = inputs[k].clone()
-            x[..., : inputs["mask"].shape[-1]][~inputs["mask"]] = torch.nan
-    inputs = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    inputs = prepared(inputs, convention, "logprobs", "rollout_logprobs")
     leaves = [inputs[k].requires_grad_() for k in ("rewards", "values", "next_values")]
     got = pk.gae(**inputs, mask_convention=convention, backend=backend)
     if upstream is None:
@@ -82,7 +96,9 @@ def test_levels_over_levels_equal_the_reference(convention, flag_rate):
     lengths = [700, 3, 0, CHUNK, CHUNK + 1, 64, 65, 1, 72, 73, 0]
     inputs = example(lengths, density=0.9, flag_rate=flag_rate)
     exact = results(inputs, convention, "torch")
-    for got, wanted in zip(results(inputs, convention), exact, strict=True):
+    exact += targets(inputs, convention, "torch")
+    both = results(inputs, convention) + targets(inputs, convention)
+    for got, wanted in zip(both, exact, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
 
 
@@ -100,7 +116,9 @@ def test_padded_rows_equal_the_reference(convention, shape):
     last = torch.arange(shape[0], dtype=torch.float64)[:, None]
     rows["values"] = torch.cat([rows["values"], last], 1)
     exact = results(rows, convention, "torch")
-    for got, wanted in zip(results(rows, convention), exact, strict=True):
+    exact += targets(rows, convention, "torch")
+    both = results(rows, convention) + targets(rows, convention)
+    for got, wanted in zip(both, exact, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
 
 
@@ -110,7 +128,7 @@ def test_bits_do_not_depend_on_the_place(convention):
     n = 150
     alone = example([n], seed=3, flag_rate=0.01) | {"lam": torch.tensor([0.9]).double()}
     upstream = [torch.sin(torch.arange(n).double() * k) for k in (1, 2)]
-    expected = results(alone, convention, upstream=upstream)
+    expected = results(alone, convention, upstream=upstream) + targets(alone, convention)
     for before in (*range(1, 34, 4), 100):
         others = example([before, 20], seed=before)
         packed = {
@@ -125,7 +143,7 @@ def test_bits_do_not_depend_on_the_place(convention):
             "gamma": 0.99,
         }
         pads = [torch.cat([torch.ones(before), u, torch.ones(20)]).double() for u in upstream]
-        got = results(packed, convention, upstream=pads)
+        got = results(packed, convention, upstream=pads) + targets(packed, convention)
         for a, b in zip(got, expected, strict=True):
             assert torch.equal(a[before : before + n], b), before
 

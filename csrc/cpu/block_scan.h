@@ -32,7 +32,9 @@ struct Blocks {
 
   static PPOK_INLINE vdouble product(vdouble a, vdouble b) {
     const vdouble both = a * b;
-    return (a > 0.) & (b > 0.) & (both < DBL_MIN) ? splat_double(DBL_MIN) : both;
+    const vlong positive = (a > 0.) & (b > 0.);
+    const vdouble normal = positive & (both < DBL_MIN) ? splat_double(DBL_MIN) : both;
+    return normal > DBL_MAX ? splat_double(DBL_MAX) : normal;
   }
 
   PPOK_INLINE vdouble from_zero(vdouble x) const {
@@ -118,6 +120,24 @@ struct Powers {
     return table;
   }
 };
+
+// The product of the coefficients from each of n steps to the last one, or to the first that is 0.
+inline void products_to_end(const double* coefficient, int64_t n, double* product) {
+  vdouble later = splat_double(1.);
+  for (int64_t left = n; left > 0; left -= kSteps) {
+    const int64_t count = left < kSteps ? left : kSteps, into = kSteps - count;
+    double buffer[kSteps];
+    for (double& one : buffer) one = 1.;
+    memcpy(buffer + into, coefficient + left - count, count * sizeof(double));
+    vdouble c = load_doubles(buffer);
+    for (int by = 1; by < kSteps; by *= 2)
+      c = Blocks<true>::product(c, shifted<true>(c, splat_double(1.), by));
+    c = Blocks<true>::product(c, later);
+    later = Blocks<true>::edge(c);
+    store_doubles(buffer, c);
+    memcpy(product + left - count, buffer + into, count * sizeof(double));
+  }
+}
 
 }  // namespace PPOK_ISA
 }  // namespace ppok

@@ -5,7 +5,7 @@
 
 namespace ppok {
 namespace PPOK_ISA {
-namespace {  // of scan.cpp alone: what one file calls once is inlined
+namespace {  // of each op's file alone: what one file calls once is inlined
 
 // x and coefficient hold n steps at `offset`, aligned to the end the scan starts from; the rest is
 // in order from 0.

@@ -9,7 +9,7 @@
 
 namespace ppok {
 namespace PPOK_ISA {
-namespace {  // of scan.cpp alone: what one file calls once is inlined
+namespace {  // of each op's file alone: what one file calls once is inlined
 
 constexpr int kChains = 2;
 constexpr int64_t kSerialTokens = 16384;  // below, a second thread costs more than it gives

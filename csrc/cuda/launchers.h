@@ -24,7 +24,8 @@ namespace PPOK_ISA {
   X(logprob_forward, LogprobForward)   \
   X(logprob_backward, LogprobBackward) \
   X(scan_forward, ScanForward)         \
-  X(scan_backward, ScanBackward)         \
+  X(scan_backward, ScanBackward)       \
+  X(vtrace, VTrace)                    \
   X(clipped_loss, ClippedLoss)         \
   X(value_loss, ValueLoss)             \
   X(scale_gradient, ScaleGradient)     \

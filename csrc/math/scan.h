@@ -1,4 +1,5 @@
-// The steps of the discounted scans: advantages, returns and their adjoint. Host and device.
+// The steps of the discounted scans: advantages, returns and their adjoint, V-trace. Host and
+// device.
 //
 // Every product is fused with its sum where the target has the instruction, and nowhere else, so
 // that the same step gives the same bits in every loop it is compiled into.
@@ -35,9 +36,11 @@ PPOK_HD inline double scan_step(double coefficient, double accumulated, double d
   return mul_add(coefficient, coefficient > 0. ? accumulated : 0., delta);
 }
 
-// Powers of a coefficient in (0, 1] stay normal numbers, so that an infinite carry times a power is
-// still infinite.
-PPOK_HD inline double clamp_power(double power) { return power < DBL_MIN ? DBL_MIN : power; }
+// Products of coefficients above 0 stay normal numbers, so that an infinite carry times a product
+// is still infinite, and a carry of 0 still 0.
+PPOK_HD inline double clamp_power(double power) {
+  return power < DBL_MIN ? DBL_MIN : power > DBL_MAX ? DBL_MAX : power;
+}
 
 // Of a run of steps: what it makes of nothing carried into it, and the factor by which a carry
 // enters.
@@ -50,6 +53,14 @@ PPOK_HD inline Transfer joined(const Transfer& earlier, const Transfer& later) {
   const double both = earlier.factor * later.factor;
   const bool cut = !(earlier.factor > 0. && later.factor > 0.);
   return {scan_step(later.factor, earlier.sum, later.sum), cut ? both : clamp_power(both)};
+}
+
+// V-trace: the probability ratio of a step, truncated; a NaN stays.
+PPOK_HD inline double truncated(double ratio, double clip) { return ratio > clip ? clip : ratio; }
+
+// rho (r + gamma (v' + x') - v), where x' is what the scan made of the next step.
+PPOK_HD inline double vtrace_advantage(double rho, double td_error, double beyond, double gamma) {
+  return rho * mul_add(gamma, beyond, td_error);
 }
 
 // dL/dv_t of D = dL/ddelta: a value is in its own return and delta, and, discounted, in the delta

@@ -365,6 +365,32 @@ def _gae_loop(
     return advantages, returns
 
 
+def _vtrace_loop(
+    logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    rewards: Tensor,
+    values: Tensor,
+    gamma: float,
+    mask: Tensor,
+    mask_convention: str = "carry",
+) -> tuple[Tensor, Tensor]:
+    """Thresholds of 1; masked steps are skipped."""
+    ratio = (logprobs.float() - rollout_logprobs.float()).exp().clamp(max=1.0)
+    rewards, values = rewards.float(), values.float()
+    next_value = next_target = torch.zeros_like(rewards[:, 0])
+    advantages, targets = [], []
+    for t in reversed(range(rewards.shape[1])):
+        r, v, rho, live = rewards[:, t], values[:, t], ratio[:, t], mask[:, t]
+        advantage = rho * (r + gamma * next_target - v)
+        error = rho * (r + gamma * next_value - v)
+        target = v + error + gamma * rho * (next_target - next_value)
+        advantages.append(torch.where(live, advantage, 0))
+        targets.append(torch.where(live, target, 0))
+        next_value = torch.where(live, v, next_value)
+        next_target = torch.where(live, target, next_target)
+    return torch.stack(advantages[::-1], 1), torch.stack(targets[::-1], 1)
+
+
 def _chunked(delta: Tensor, decay: float, chunk: int = 64) -> Tensor:
     """y_t = delta_t + decay y_{t+1}, exactly, as products with a [chunk, chunk] matrix."""
     rows, steps = delta.shape
@@ -476,3 +502,4 @@ GAE_PACKED = {
     "chunked": Baseline(lambda device: _padded(_gae_chunked)),
 }
 RETURNS = _scan(_returns_loop, _returns_chunked)
+VTRACE = {"loop": Baseline(lambda device: _vtrace_loop, _first_steps)}

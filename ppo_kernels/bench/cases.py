@@ -199,6 +199,16 @@ def _gae(g: torch.Generator, shape: Shape) -> Inputs:
     return _returns(g, shape) | values
 
 
+def _vtrace(g: torch.Generator, shape: Shape) -> Inputs:
+    logprobs = _normal(g, shape).abs_().neg_()
+    return {
+        "logprobs": logprobs,
+        "rollout_logprobs": _normal(g, shape).mul_(0.2).add_(logprobs),
+        "values": _normal(g, shape),
+        **_returns(g, shape),
+    }
+
+
 def _packed(g: torch.Generator, shape: Shape) -> Inputs:
     """Sequences of 1 to 8192 steps, but no longer than an eighth of all."""
     (total,) = shape
@@ -303,6 +313,7 @@ _ALL = (
         baselines.RETURNS,
         again=("mask",),
     ),
+    Benchmark("vtrace", "", _vtrace, (), (8, 256), baselines.VTRACE),
     Benchmark("whiten", "", _x, ("x",), (8, 512), baselines.WHITEN, again=("x", "mask")),
     Benchmark("masked_mean", "", _x, ("x",), (8, 512), baselines.MASKED_MEAN, again=("mask",)),
     Benchmark("masked_sum", "", _x, ("x",), (8, 512), baselines.MASKED_SUM, again=("mask",)),
@@ -311,7 +322,7 @@ BENCHMARKS = {(b.function, b.variant): b for b in _ALL if hasattr(ppo_kernels, b
 FUNCTIONS = tuple(dict.fromkeys(function for function, _ in BENCHMARKS))
 
 # Under PPO these make targets and rewards, and nothing flows back through them.
-CONSTANTS = ("gae", "discounted_returns", "shape_rewards")
+CONSTANTS = ("gae", "discounted_returns", "shape_rewards", "vtrace")
 
 
 # ---- sizes --------------------------------------------------------------------------------------

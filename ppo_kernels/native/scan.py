@@ -1,10 +1,9 @@
-"""scan_forward and scan_backward."""
+"""scan_forward, scan_backward and vtrace."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import _checks
@@ -19,11 +18,7 @@ def scan_forward(
     bootstrap: Tensor | None,
     *setting: Any,
 ) -> tuple[Tensor, Tensor]:
-    double = any(
-        t is not None and t.dtype == torch.float64
-        for t in (rewards, values, next_values, bootstrap)
-    )
-    dtype = torch.float64 if double else torch.float32
+    dtype = _checks.compute_dtype(rewards, values, next_values, bootstrap)
     returns = native.empty(rewards.shape, dtype)
     advantages = native.empty((0,) if values is None else rewards.shape, dtype)
     fault = native.module.scan_forward(
@@ -55,6 +50,41 @@ def scan_backward(
         to_rewards, to_values, to_next_values, to_bootstrap, native.target(),
     )  # fmt: skip
     return results
+
+
+def vtrace(
+    native: Native,
+    logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor | None,
+    bootstrap: Tensor | None,
+    mask: Tensor | None,
+    terminated: Tensor | None,
+    truncated: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lams: Tensor | None,
+    gamma: float,
+    lam: float,
+    rho_clip: float,
+    c_clip: float,
+    pg_rho_clip: float,
+    convention: str,
+) -> tuple[Tensor, Tensor]:
+    dtype = _checks.compute_dtype(logprobs, rollout_logprobs, rewards, values, next_values)
+    advantages, returns = (native.empty(rewards.shape, dtype) for _ in range(2))
+    setting = _setting(
+        rewards, mask, terminated, truncated, cu_seqlens, lams, None, gamma, lam, 0.0, convention, 1
+    )
+    fault = native.module.vtrace(
+        rows(logprobs), rows(rollout_logprobs), rho_clip, c_clip, pg_rho_clip,
+        rows(rewards), rows(values), rows(next_values), rows(bootstrap), setting,
+        rows(advantages), rows(returns), native.target(),
+    )  # fmt: skip
+    if fault is not None:
+        check_contents(rewards, cu_seqlens, lams, None)
+    return advantages, returns
 
 
 def check_contents(

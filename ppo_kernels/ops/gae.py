@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import _checks
-from .scan import Scan, check_sequences, flags
+from ._sequences import check_lambda, check_sequences, check_values
+from .scan import Scan
 
 
 class GAE(NamedTuple):
@@ -105,30 +105,10 @@ def gae(
             that includes the contents of `cu_seqlens` and of a tensor `lam`.
     """
     check_sequences(rewards, mask, mask_convention, cu_seqlens, terminated, gamma)
-    _checks.tensor("values", values, _checks.FLOATS)
-    bootstrap = None
-    if values.dim() == 2 and rewards.dim() == 2 and values.shape[1] == rewards.shape[1] + 1:
-        bootstrap, values = values[:, -1], values[:, :-1]
-    if values.shape != rewards.shape:
-        shape = list(rewards.shape)
-        longer = f" or [{shape[0]}, {shape[1] + 1}]" if len(shape) == 2 else ""
-        raise ValueError(
-            f"values: expected shape {shape}{longer} (as rewards), got {list(values.shape)}"
-        )
-    _checks.device("values", values, rewards, "as rewards")
-    if truncated is None and next_values is not None:
-        raise ValueError("truncated: expected together with next_values, got None")
-    if truncated is not None:
-        flags("truncated", truncated, rewards)
-        if next_values is None:
-            raise ValueError("next_values: expected together with truncated, got None")
-        _checks.tensor("next_values", next_values, _checks.FLOATS)
-        _checks.shape("next_values", next_values, rewards.shape, "as rewards")
-        _checks.device("next_values", next_values, rewards, "as rewards")
-    sequences = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    _lambda("lam", lam, rewards, sequences)
+    values, bootstrap = check_values(rewards, values, truncated, next_values)
+    check_lambda("lam", lam, rewards, cu_seqlens)
     if value_lam is not None:
-        _lambda("value_lam", value_lam, rewards, sequences)
+        check_lambda("value_lam", value_lam, rewards, cu_seqlens)
     return GAE(
         *_SCAN(
             backend,
@@ -146,16 +126,6 @@ def gae(
             value_lam=value_lam,
         )
     )
-
-
-def _lambda(name: str, value: float | Tensor, rewards: Tensor, sequences: int) -> None:
-    if not isinstance(value, Tensor):
-        _checks.number(name, value, low=0, high=1)
-        return
-    _checks.tensor(name, value, _checks.FLOATS)
-    _checks.shape(name, value, (sequences,), "one per sequence")
-    _checks.device(name, value, rewards, "as rewards")
-    _checks.constant(name, value)
 
 
 _SCAN = Scan("gae", "gae")

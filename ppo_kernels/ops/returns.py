@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import _checks
-from .scan import Scan, check_sequences
+from ._sequences import check_sequences
+from .scan import Scan
 
 
 def discounted_returns(

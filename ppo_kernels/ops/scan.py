@@ -13,139 +13,32 @@ from ..cpu import kernel as cpu
 from ..cuda import kernel as cuda
 from ..native import scan as native
 from ..triton import kernel as triton
-
-CONVENTIONS = ("carry", "zero", "truncate")
-
-
-def check_sequences(
-    rewards: Tensor,
-    mask: Tensor | None,
-    mask_convention: str | None,
-    cu_seqlens: Tensor | None,
-    terminated: Tensor | None,
-    gamma: float,
-) -> None:
-    _checks.tensor("rewards", rewards, _checks.FLOATS)
-    if cu_seqlens is not None:
-        _checks.cu_seqlens(cu_seqlens, rewards, "rewards")
-    elif rewards.dim() != 2:
-        raise ValueError(
-            f"rewards: expected shape [B, T], or [N] with cu_seqlens, got {list(rewards.shape)}"
-        )
-    _checks.mask(mask, rewards, "rewards")
-    if mask is not None and mask_convention is None:
-        known = ", ".join(CONVENTIONS)
-        raise ValueError(f"mask_convention: expected one of {known} with a mask, got None")
-    if mask is None and mask_convention is not None:
-        raise ValueError(f"mask_convention: expected None without a mask, got {mask_convention!r}")
-    if mask is not None:
-        _checks.choice("mask_convention", mask_convention, CONVENTIONS)
-    flags("terminated", terminated, rewards)
-    _checks.number("gamma", gamma, low=0, high=1)
-
-
-def flags(name: str, value: Tensor | None, rewards: Tensor) -> None:
-    """A flag per step, of any dtype: nonzero = yes."""
-    if value is not None:
-        _checks.tensor(name, value, _checks.MASKS)
-        _checks.shape(name, value, rewards.shape, "as rewards")
-        _checks.device(name, value, rewards, "as rewards")
+from ._sequences import Steps
 
 
 def _reference(
-    rewards: Tensor,
-    values: Tensor | None,
-    next_values: Tensor | None,
-    bootstrap: Tensor | None,
-    mask: Tensor | None,
-    convention: str | None,
-    cu_seqlens: Tensor | None,
-    terminated: Tensor | None,
-    truncated: Tensor | None,
-    gamma: float,
-    lam: float | Tensor,
-    value_lam: float | Tensor,
+    steps: Steps, gamma: float, lam: float | Tensor, value_lam: float | Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """One step of all sequences at a time, in float64; traced, the loop over the steps unrolls."""
-    dtype = _result_dtype(rewards, values, next_values, bootstrap)
-    unpacked = _Unpacked(cu_seqlens, rewards)
-    exists = unpacked.exists
-    live = exists if mask is None else exists & unpacked.rows(mask != 0)
-    visited = live if convention == "carry" else exists
-
-    def numbers(x: Tensor | None) -> Tensor:
-        rows = rewards.new_zeros(()) if x is None else unpacked.rows(x)
-        return torch.where(live, rows, 0.0).double()
-
-    def said(x: Tensor | None) -> Tensor:
-        never = torch.zeros_like(live)
-        return never if x is None else live & unpacked.rows(x != 0)
-
-    r, v, after_truncation = numbers(rewards), numbers(values), numbers(next_values)
-    ended = live if gamma == 0 else said(terminated)
-    cut_short = said(truncated) & ~ended
-    cut = ended | cut_short
-    next_value = r.new_zeros(r.shape[0]) if bootstrap is None else bootstrap.double()
-    if convention == "truncate":
-        next_value = torch.where((live & unpacked.last).any(1), next_value, 0.0)
-
     coefficients = [
-        gamma * (x.double() if isinstance(x, Tensor) else r.new_tensor(x)) for x in (lam, value_lam)
+        gamma * (x.double() if isinstance(x, Tensor) else steps.values.new_tensor(x))
+        for x in (lam, value_lam)
     ]
-    accumulated = [torch.zeros_like(next_value)] * 2
-    steps: list[list[Tensor]] = []
-    for t in reversed(range(r.shape[1])):
-        following = torch.where(cut_short[:, t], after_truncation[:, t], next_value)
-        delta = r[:, t] - v[:, t] + gamma * torch.where(ended[:, t], 0.0, following)
+    accumulated = [steps.nothing] * 2
+    advantages: list[Tensor] = []
+    targets: list[Tensor] = []
+    for t, delta in steps.backwards:
         accumulated = [
             torch.where(
-                visited[:, t],
-                delta + torch.where(cut[:, t] | (c == 0), 0.0, c * beyond),
+                steps.visited[:, t],
+                delta + torch.where(steps.cut[:, t] | (c == 0), 0.0, c * beyond),
                 beyond,
             )
             for c, beyond in zip(coefficients, accumulated, strict=True)
         ]
-        next_value = torch.where(visited[:, t], v[:, t], next_value)
-        steps.append(accumulated)
-
-    if steps:
-        advantages, targets = (torch.stack(c[::-1], 1) for c in zip(*steps, strict=True))
-    else:
-        advantages = targets = r
-    advantages, targets = (
-        unpacked.tokens(torch.where(live, x, 0.0)).to(dtype) for x in (advantages, targets + v)
-    )
-    return advantages, targets
-
-
-class _Unpacked:
-    """The sequences as rows: padded ones as they are, packed ones spread over [S, longest]."""
-
-    def __init__(self, cu_seqlens: Tensor | None, like: Tensor) -> None:
-        self.packed = cu_seqlens is not None
-        if cu_seqlens is None:
-            self.exists = torch.ones_like(like, dtype=torch.bool)
-            self.last = torch.arange(like.shape[1], device=like.device) == like.shape[1] - 1
-            return
-        total = like.shape[0]
-        offsets = cu_seqlens.long().contiguous()
-        lengths = offsets.diff()
-        # A graph cannot depend on the data: traced, every sequence might be as long as the batch.
-        tracing = torch.compiler.is_compiling()
-        longest = total if tracing else max(lengths.tolist(), default=0)
-        step = torch.arange(longest, device=like.device)
-        self.exists = step < lengths[:, None]
-        self.last = step == lengths[:, None] - 1
-        self.index = (offsets[:-1, None] + step).clamp(max=total - 1)
-        token = torch.arange(total, device=like.device)
-        self.sequence = torch.searchsorted(offsets, token, right=True) - 1
-        self.step = token - offsets[self.sequence]
-
-    def rows(self, tokens: Tensor) -> Tensor:
-        return tokens[self.index] if self.packed else tokens
-
-    def tokens(self, rows: Tensor) -> Tensor:
-        return rows[self.sequence, self.step] if self.packed else rows
+        advantages.append(accumulated[0])
+        targets.append(accumulated[1])
+    return steps.tokens(advantages, 0.0, dtype), steps.tokens(targets, steps.values, dtype)
 
 
 class _Function(torch.autograd.Function):
@@ -184,13 +77,8 @@ class _Function(torch.autograd.Function):
         return (None, *gradients, *constants)
 
 
-def _result_dtype(*inputs: Tensor | None) -> torch.dtype:
-    double = any(t is not None and t.dtype == torch.float64 for t in inputs)
-    return torch.float64 if double else torch.float32
-
-
 def _fake_forward(rewards: Tensor, values: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    dtype = _result_dtype(rewards, values, *args[:2])
+    dtype = _checks.compute_dtype(rewards, values, *args[:2])
     returns = rewards.new_empty(rewards.shape, dtype=dtype)
     return rewards.new_empty(0 if values is None else rewards.shape, dtype=dtype), returns
 
@@ -273,10 +161,12 @@ class Scan:
             count(self.function, "torch")
             if not torch.compiler.is_compiling() and rewards.device.type == "cpu":
                 native.check_contents(rewards, cu_seqlens, lams, value_lams)
-            return _reference(
-                rewards, values, next_values, bootstrap, mask, convention, cu_seqlens,
-                terminated, truncated, gamma, lam, lam if value_lam is None else value_lam,
+            steps = Steps(
+                rewards, values, next_values, bootstrap, mask, convention, cu_seqlens, terminated,
+                truncated, gamma,
             )  # fmt: skip
+            dtype = _checks.compute_dtype(rewards, values, next_values, bootstrap)
+            return _reference(steps, gamma, lam, lam if value_lam is None else value_lam, dtype)
         result: tuple[Tensor, Tensor] = self.forward(
             rewards, values, next_values, bootstrap, mask, terminated, truncated, cu_seqlens,
             lams, value_lams, float(gamma), 0.0 if isinstance(lam, Tensor) else float(lam),

@@ -1,6 +1,7 @@
 """scan_forward and scan_backward in Triton: x_t = d_t + c_t x_{t+1}, in fp64, and its adjoint.
 
-How a sequence is scanned in parallel is in `scan_chunks`, where its steps are in `scan_steps`.
+How a sequence is scanned in parallel is in `scan_chunks`, where its steps are in `scan_steps`, and
+the kernel of V-trace in `scan_vtrace`.
 """
 
 from typing import Any
@@ -13,59 +14,34 @@ from torch import Tensor
 from .. import _checks, _faults
 from . import _configs
 from ._launch import as_bytes, launch, strides
-from ._math import BAD_LAMBDA, BAD_VALUE_LAMBDA, report_fault
+from ._math import BAD_LAMBDA, BAD_VALUE_LAMBDA
 from .scan_chunks import carries_kernel, is_chunk_end, next_lane, scan_block, store_boundaries
 from .scan_steps import (
-    NOWHERE,
+    UNSPECIALIZED,
     count_kernel,
     cuts,
     is_set,
+    lambdas,
     lane_places,
     live_kernel,
     neighbour,
     offsets_kernel,
     read,
+    td_errors,
 )
+from .scan_vtrace import vtrace_kernel
 
 
-@triton.jit
-def _lambda(
-    lams, stride, lam, sequence, exists, faults, FAULT: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """The lambda of every lane; NaN for a bad one, which is reported if `faults` are given."""
-    value = tl.full([BLOCK], 0.0, tl.float64) + lam
-    if lams is not None:
-        value = read(lams, 0, stride, sequence, sequence, exists)
-        bad = exists & ~((value >= 0.0) & (value <= 1.0))
-        value = tl.where(bad, float("nan"), value)
-        if faults is not None:
-            first = tl.min(tl.where(bad, sequence, NOWHERE), axis=0)
-            if first != NOWHERE:
-                report_fault(faults, first, FAULT)
-    return value
-
-
-_UNSPECIALIZED = [
-    f"{name}_{axis}"
-    for name in ("rewards", "values", "next_values", "mask", "terminated", "truncated", "ga", "gr")
-    for axis in ("b", "t")
-    if axis == "b" or name in ("mask", "terminated", "truncated")
-] + [
-    "bootstrap_s", "lams_s", "value_lams_s", "padded", "rows", "cols", "blocks", "width",
-    "rows_at_once", "own", "sequences", "search_steps", "slots",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
     rewards, rewards_b, rewards_t, values, values_b, values_t,
     next_values, next_values_b, next_values_t, bootstrap, bootstrap_s,
-    advantages, returns, faults,
+    value_lams, value_lams_s, value_lam: tl.float64, advantages, returns, faults,
     sums, factors, indices, carries, slots,
     mask, mask_b, mask_t, terminated, terminated_b, terminated_t,
-    truncated, truncated_b, truncated_t, lams, lams_s, value_lams, value_lams_s,
+    truncated, truncated_b, truncated_t, lams, lams_s,
     offsets, where, limit, padded, rows, cols, blocks, width, rows_at_once, own, sequences,
-    search_steps, gamma: tl.float64, lam: tl.float64, value_lam: tl.float64,
+    search_steps, gamma: tl.float64, lam: tl.float64,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, TRUNCATE: tl.constexpr, CHAINS: tl.constexpr,
 ):  # fmt: skip
     """Advantages and returns, or, given `sums`, what chunks hand on."""
@@ -82,39 +58,24 @@ def forward_kernel(
     )  # fmt: skip
     discount = tl.zeros([BLOCK], tl.float64) + gamma
     is_last = k == length - 1
-    r = read(rewards, rewards_b, rewards_t, row, col, live)
-    v = tl.zeros([BLOCK], tl.float64)
-    following = v
-    if values is not None:
-        v = read(values, values_b, values_t, row, col, live)
-        follows = exists & ~is_last & ~lost
-        after = neighbour(where, step, row, col, cols, follows, 1)
-        if mask is not None:
-            follows = is_set(mask, mask_b, mask_t, row, after, follows)
-        following = read(values, values_b, values_t, row, after, follows)
-    if bootstrap is not None:
-        used = is_last & (live if TRUNCATE else exists)
-        following = tl.where(used, read(bootstrap, 0, bootstrap_s, row, sequence, used), following)
-    if next_values is not None:
-        following = tl.where(
-            cut_short,
-            read(next_values, next_values_b, next_values_t, row, col, cut_short),
-            following,
-        )
-    following = tl.where(ended | (discount == 0.0), 0.0, following)
-    delta = tl.fma(discount, following, r - v)
+    v, delta = td_errors(
+        rewards, rewards_b, rewards_t, values, values_b, values_t,
+        next_values, next_values_b, next_values_t, bootstrap, bootstrap_s, mask, mask_b, mask_t,
+        where, step, row, col, cols, sequence, exists, live, ended, cut_short, is_last, lost,
+        discount, BLOCK, TRUNCATE,
+    )  # fmt: skip
     cut = ended | cut_short | is_last | lost | ~exists
     chunk_end = is_chunk_end(k, CHUNK, 1)
-    c = discount * _lambda(lams, lams_s, lam, sequence, exists & ~lost, faults, BAD_LAMBDA, BLOCK)
+    c = discount * lambdas(lams, lams_s, lam, sequence, exists & ~lost, faults, BAD_LAMBDA, BLOCK)
     advantage, factor = scan_block(
         tl.where(lost | ~(c >= 0.0), float("nan"), delta), c, cut, chunk_end, step, carries,
-        BLOCK, CHUNK, 1,
+        BLOCK, CHUNK, 1, False,
     )  # fmt: skip
     target = advantage
     if sums is not None:
         store_boundaries(sums, factors, indices, advantage, factor, step, k, written, CHUNK, 1)
     if CHAINS == 2:
-        c = discount * _lambda(
+        c = discount * lambdas(
             value_lams,
             value_lams_s,
             value_lam,
@@ -128,7 +89,7 @@ def forward_kernel(
             carries += slots
         target, factor = scan_block(
             tl.where(lost | ~(c >= 0.0), float("nan"), delta), c, cut, chunk_end, step, carries,
-            BLOCK, CHUNK, 1,
+            BLOCK, CHUNK, 1, False,
         )  # fmt: skip
         if sums is not None:
             store_boundaries(
@@ -142,15 +103,16 @@ def forward_kernel(
         tl.store(returns + token, tl.where(live, target + v, 0.0), mask=written)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_kernel(
     grad_advantages, ga_b, ga_t, grad_returns, gr_b, gr_t,
+    value_lams, value_lams_s, value_lam: tl.float64,
     grad_rewards, grad_values, grad_next_values, grad_bootstrap,
     sums, factors, indices, carries, slots,
     mask, mask_b, mask_t, terminated, terminated_b, terminated_t,
-    truncated, truncated_b, truncated_t, lams, lams_s, value_lams, value_lams_s,
+    truncated, truncated_b, truncated_t, lams, lams_s,
     offsets, where, limit, padded, rows, cols, blocks, width, rows_at_once, own, sequences,
-    search_steps, gamma: tl.float64, lam: tl.float64, value_lam: tl.float64,
+    search_steps, gamma: tl.float64, lam: tl.float64,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, TRUNCATE: tl.constexpr, CHAINS: tl.constexpr,
 ):  # fmt: skip
     """The gradients, or, given `sums`, what chunks hand on.
@@ -184,12 +146,12 @@ def backward_kernel(
         to_returns += read(grad_returns, gr_b, gr_t, row, col, live)
     if CHAINS == 1:
         g += to_returns
-    c = discount * _lambda(lams, lams_s, lam, sequence, exists & ~lost, None, BAD_LAMBDA, BLOCK)
-    d, factor = scan_block(g, c, cut, chunk_end, step, carries, BLOCK, CHUNK, -1)
+    c = discount * lambdas(lams, lams_s, lam, sequence, exists & ~lost, None, BAD_LAMBDA, BLOCK)
+    d, factor = scan_block(g, c, cut, chunk_end, step, carries, BLOCK, CHUNK, -1, False)
     if sums is not None:
         store_boundaries(sums, factors, indices, d, factor, step, k, written, CHUNK, -1)
     if CHAINS == 2:
-        c = discount * _lambda(
+        c = discount * lambdas(
             value_lams,
             value_lams_s,
             value_lam,
@@ -202,7 +164,7 @@ def backward_kernel(
         if carries is not None:
             carries += slots
         d_returns, factor = scan_block(
-            to_returns, c, cut, chunk_end, step, carries, BLOCK, CHUNK, -1
+            to_returns, c, cut, chunk_end, step, carries, BLOCK, CHUNK, -1, False
         )
         d += d_returns
         if sums is not None:
@@ -238,23 +200,22 @@ def backward_kernel(
 
 
 class _Call:
-    """What both kernels are told about a call, and how they are launched."""
+    """What all kernels are told about a call, and how they are launched.
+
+    Of `chains` scans; `varying`: with a coefficient for each step.
+    """
 
     def __init__(
         self,
         like: Tensor,
-        mask: Tensor | None,
-        terminated: Tensor | None,
-        truncated: Tensor | None,
-        cu_seqlens: Tensor | None,
-        lams: Tensor | None,
-        value_lams: Tensor | None,
+        tensors: tuple[Tensor | None, ...],
         gamma: float,
         lam: float,
-        value_lam: float,
         convention: str,
-        chains: int,
+        chains: int = 1,
+        varying: bool = False,
     ) -> None:
+        mask, terminated, truncated, cu_seqlens, lams = tensors
         self.config, self.like = _configs.SCAN, like
         block, self.chunk = self.config.block, self.config.segment
         self.tokens = like.numel()
@@ -279,13 +240,13 @@ class _Call:
         terminated, truncated = as_bytes(terminated), as_bytes(truncated)
         self.setting = (
             mask, *strides(mask), terminated, *strides(terminated), truncated, *strides(truncated),
-            lams, _stride(lams), value_lams, _stride(value_lams),
+            lams, _stride(lams),
             offsets, where, limit, int(not packed), rows, cols, *places,
             max(self.sequences, 1),
-            self.sequences.bit_length(), gamma, lam, value_lam,
+            self.sequences.bit_length(), gamma, lam,
         )  # fmt: skip
         self.tiles = {"BLOCK": block, "CHUNK": self.chunk}
-        self.constants = self.tiles | {"TRUNCATE": convention == "truncate", "CHAINS": chains}
+        self.truncate, self.varying = convention == "truncate", varying
         # Positions that no lane visits.
         self.leaves_gaps = where is not None
 
@@ -319,22 +280,24 @@ class _Call:
         return offsets
 
     def run(
-        self, kernel: Any, direction: int, inputs: tuple[Any, ...], outputs: tuple[Any, ...]
-    ) -> None:
+        self, kernel: Any, direction: int, inputs: tuple[Any, ...], outputs: tuple[Any, ...],
+        **constants: Any,
+    ) -> None:  # fmt: skip
         if not self.tokens:
             return
+        constants |= self.tiles | {"TRUNCATE": self.truncate}
         carries = None
         if self.boundaries:
             sums, factors, indices = self._summaries(self.like, self.slots)
             launch(
                 kernel, self.programs, *inputs, *(None,) * len(outputs),
                 sums, factors, indices, None, self.slots, *self.setting,
-                config=self.config, **self.constants,
+                config=self.config, **constants,
             )  # fmt: skip
             carries = self._carries(sums, factors, indices, self.slots, self.boundaries, direction)
         launch(
             kernel, self.programs, *inputs, *outputs, None, None, None, carries, self.slots,
-            *self.setting, config=self.config, **self.constants,
+            *self.setting, config=self.config, **constants,
         )  # fmt: skip
 
     def _summaries(self, like: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -352,7 +315,7 @@ class _Call:
         """The scan of what chunks hand on; `longest` of them belong to one sequence."""
         blocks = triton.cdiv(slots, self.config.block - self.chunk)
         next_slots = slots // self.chunk + 1
-        constants = self.tiles | {"DIRECTION": direction}
+        constants = self.tiles | {"DIRECTION": direction, "VARYING": self.varying}
         carries = None
         if longest > self.chunk:
             upper = self._summaries(sums, next_slots)
@@ -392,33 +355,58 @@ def scan_forward(
     bootstrap: Tensor | None,
     *setting: Any,
 ) -> tuple[Tensor, Tensor]:
-    given = (t for t in (rewards, values, next_values, bootstrap) if t is not None)
-    dtype = _checks.compute_dtype(*given)
-    call = _Call(rewards, *setting)
+    *tensors, value_lams, gamma, lam, value_lam, convention, chains = setting
+    dtype = _checks.compute_dtype(rewards, values, next_values, bootstrap)
+    call = _Call(rewards, tuple(tensors), gamma, lam, convention, chains)
     new = rewards.new_zeros if call.leaves_gaps else rewards.new_empty
     returns = new(rewards.shape, dtype=dtype)
     advantages = None if values is None else new(rewards.shape, dtype=dtype)
     inputs = (
         rewards, *strides(rewards), values, *strides(values), next_values, *strides(next_values),
-        bootstrap, _stride(bootstrap),
+        bootstrap, _stride(bootstrap), value_lams, _stride(value_lams), value_lam,
     )  # fmt: skip
-    call.run(forward_kernel, 1, inputs, (advantages, returns, _faults.flag(rewards.device)))
+    outputs = (advantages, returns, _faults.flag(rewards.device))
+    call.run(forward_kernel, 1, inputs, outputs, CHAINS=chains)
     return rewards.new_empty(0, dtype=dtype) if advantages is None else advantages, returns
 
 
 def scan_backward(
     grad_advantages: Tensor | None, grad_returns: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    *setting, needs = args
+    *tensors, value_lams, gamma, lam, value_lam, convention, chains, needs = args
     grad = grad_advantages if grad_advantages is not None else grad_returns
     assert grad is not None
-    call = _Call(grad, *setting)
+    call = _Call(grad, tuple(tensors), gamma, lam, convention, chains)
     new = grad.new_zeros if call.leaves_gaps else grad.new_empty
     results = [new(grad.shape) if needed else grad.new_empty(0) for needed in needs[:3]]
     results.append(grad.new_zeros(call.sequences if needs[3] else 0))
     inputs = (
-        grad_advantages, *strides(grad_advantages), grad_returns, *strides(grad_returns)
+        grad_advantages, *strides(grad_advantages), grad_returns, *strides(grad_returns),
+        value_lams, _stride(value_lams), value_lam,
     )  # fmt: skip
     outputs = tuple(t if needed else None for needed, t in zip(needs, results, strict=True))
-    call.run(backward_kernel, -1, inputs, outputs)
+    call.run(backward_kernel, -1, inputs, outputs, CHAINS=chains)
     return tuple(results)
+
+
+def vtrace(
+    logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor | None,
+    bootstrap: Tensor | None,
+    *setting: Any,
+) -> tuple[Tensor, Tensor]:
+    *tensors, gamma, lam, rho_clip, c_clip, pg_rho_clip, convention = setting
+    dtype = _checks.compute_dtype(logprobs, rollout_logprobs, rewards, values, next_values)
+    call = _Call(rewards, tuple(tensors), gamma, lam, convention, varying=True)
+    new = rewards.new_zeros if call.leaves_gaps else rewards.new_empty
+    advantages, returns = (new(rewards.shape, dtype=dtype) for _ in range(2))
+    inputs = (
+        logprobs, *strides(logprobs), rollout_logprobs, *strides(rollout_logprobs),
+        rewards, *strides(rewards), values, *strides(values), next_values, *strides(next_values),
+        bootstrap, _stride(bootstrap), rho_clip, c_clip, pg_rho_clip,
+    )  # fmt: skip
+    call.run(vtrace_kernel, 1, inputs, (advantages, returns, _faults.flag(rewards.device)))
+    return advantages, returns

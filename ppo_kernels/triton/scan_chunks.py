@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 _SMALLEST = tl.constexpr(2.0**-1022)  # the smallest normal fp64 number
+_LARGEST = tl.constexpr(2.0**1023 * (2 - 2.0**-52))
 
 
 @triton.jit
@@ -28,8 +29,8 @@ def _nearest(a, b):
 
 
 @triton.jit
-def _power_product(a, b):
-    """Powers in (0, 1] stay normal numbers: an infinite carry times a power is still infinite."""
+def _product(a, b):
+    """Above 0 it stays a normal number: an infinite carry times it is still infinite."""
     both = a * b
     return tl.where(both < _SMALLEST, _SMALLEST, both)
 
@@ -42,12 +43,13 @@ def next_lane(x, lane, distance, BLOCK: tl.constexpr):
 @triton.jit
 def scan_block(
     x, c, cut, chunk_end, step, carries,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, DIRECTION: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, DIRECTION: tl.constexpr, VARYING: tl.constexpr,
 ):  # fmt: skip
     """The scan of every lane up to its chunk's end, or to the first cut, which may not be passed.
 
     Completed by what the next chunk carries in, if `carries` is given. Also the factor by which it
-    enters at the chunk's far end: 0 if a cut lies before.
+    enters at the chunk's far end: 0 if a cut lies before. Steps of a chunk have one coefficient c,
+    or, if VARYING, each its own.
     """
     lane = tl.arange(0, BLOCK)
     cut = cut | (c == 0.0)
@@ -60,10 +62,16 @@ def scan_block(
     for level in tl.static_range(20):
         if (1 << level) < CHUNK:
             beyond = next_lane(x, lane, 1 << level, BLOCK)
-            x = tl.where(lane + (1 << level) <= last, tl.fma(c, beyond, x), x)
-            power = tl.where(((reach >> level) & 1) != 0, _power_product(power, c), power)
-            c = _power_product(c, c)
-    power = tl.where(reach == CHUNK, c, power)
+            inside = lane + (1 << level) <= last
+            x = tl.where(inside, tl.fma(c, beyond, x), x)
+            if VARYING:
+                both = _product(c, next_lane(c, lane, 1 << level, BLOCK))
+                both = tl.where(both > _LARGEST, _LARGEST, both)  # a carry of 0 stays 0
+                c = tl.where(inside, both, c)
+            else:
+                power = tl.where(((reach >> level) & 1) != 0, _product(power, c), power)
+                c = _product(c, c)
+    power = c if VARYING else tl.where(reach == CHUNK, c, power)
     if carries is not None:
         slot = (step + DIRECTION * reach) // CHUNK
         x = tl.where(carried, tl.fma(power, tl.load(carries + slot, mask=carried, other=0.0), x), x)
@@ -96,7 +104,7 @@ def store_boundaries(
 def carries_kernel(
     sums, factors, indices, next_sums, next_factors, next_indices, carries, results,
     blocks, slots, next_slots,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, DIRECTION: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, DIRECTION: tl.constexpr, VARYING: tl.constexpr,
 ):  # fmt: skip
     """A scan over the boundaries of chunks: its `results`, or without them what it hands on."""
     program = tl.program_id(0)
@@ -112,8 +120,9 @@ def carries_kernel(
     if carries is not None:
         carries += chain * next_slots
     x, factor = scan_block(
-        x, c, ~exists, is_chunk_end(k, CHUNK, DIRECTION), slot, carries, BLOCK, CHUNK, DIRECTION
-    )
+        x, c, ~exists, is_chunk_end(k, CHUNK, DIRECTION), slot, carries, BLOCK, CHUNK, DIRECTION,
+        VARYING,
+    )  # fmt: skip
     written = exists & (lane < own)
     if results is not None:
         tl.store(results + chain * slots + slot, x, mask=written)

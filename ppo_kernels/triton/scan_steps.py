@@ -10,6 +10,13 @@ import triton.language as tl
 from ._math import BAD_OFFSETS, report_fault
 
 NOWHERE = tl.constexpr(2**62)
+_MASKS = ("mask", "terminated", "truncated")
+_NUMBERS = ("logprobs", "rollout_logprobs", "rewards", "values", "next_values", "ga", "gr")
+UNSPECIALIZED = [
+    *(f"{name}_b" for name in (*_MASKS, *_NUMBERS)), *(f"{name}_t" for name in _MASKS),
+    "bootstrap_s", "lams_s", "value_lams_s", "padded", "rows", "cols", "blocks", "width",
+    "rows_at_once", "own", "sequences", "search_steps", "slots",
+]  # fmt: skip
 
 
 @triton.jit
@@ -123,6 +130,55 @@ def cuts(
     if truncated is not None:
         cut_short = is_set(truncated, truncated_b, truncated_t, row, col, live) & ~ended
     return ended, cut_short
+
+
+@triton.jit
+def lambdas(
+    lams, stride, lam, sequence, exists, faults, FAULT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The lambda of every lane; NaN for a bad one, which is reported if `faults` are given."""
+    value = tl.full([BLOCK], 0.0, tl.float64) + lam
+    if lams is not None:
+        value = read(lams, 0, stride, sequence, sequence, exists)
+        bad = exists & ~((value >= 0.0) & (value <= 1.0))
+        value = tl.where(bad, float("nan"), value)
+        if faults is not None:
+            first = tl.min(tl.where(bad, sequence, NOWHERE), axis=0)
+            if first != NOWHERE:
+                report_fault(faults, first, FAULT)
+    return value
+
+
+@triton.jit
+def td_errors(
+    rewards, rewards_b, rewards_t, values, values_b, values_t,
+    next_values, next_values_b, next_values_t, bootstrap, bootstrap_s, mask, mask_b, mask_t,
+    where, step, row, col, cols, sequence, exists, live, ended, cut_short, is_last, lost, discount,
+    BLOCK: tl.constexpr, TRUNCATE: tl.constexpr,
+):  # fmt: skip
+    """The values, and r + gamma v' - v."""
+    r = read(rewards, rewards_b, rewards_t, row, col, live)
+    v = tl.zeros([BLOCK], tl.float64)
+    following = v
+    if values is not None:
+        v = read(values, values_b, values_t, row, col, live)
+        follows = exists & ~is_last & ~lost
+        after = neighbour(where, step, row, col, cols, follows, 1)
+        if mask is not None:
+            follows = is_set(mask, mask_b, mask_t, row, after, follows)
+        following = read(values, values_b, values_t, row, after, follows)
+    if bootstrap is not None:
+        used = is_last & (live if TRUNCATE else exists)
+        following = tl.where(used, read(bootstrap, 0, bootstrap_s, row, sequence, used), following)
+    if next_values is not None:
+        following = tl.where(
+            cut_short,
+            read(next_values, next_values_b, next_values_t, row, col, cut_short),
+            following,
+        )
+    following = tl.where(ended | (discount == 0.0), 0.0, following)
+    delta = tl.fma(discount, following, r - v)
+    return v, delta
 
 
 # ---- the steps that exist ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Cases of gae and discounted_returns."""
+"""Cases of gae, discounted_returns and vtrace."""
 
 from __future__ import annotations
 
@@ -33,9 +33,20 @@ def cases() -> Iterator[Case]:
         ops = ("returns_forward",), ("returns_backward",)
         return Case("discounted_returns", label, inputs, *ops, grads)
 
+    def vtrace(label: str, shape: tuple[int, ...], *, longer: bool = False, **more: Any) -> Case:
+        def inputs(g: torch.Generator) -> Inputs:
+            values = (*shape[:-1], shape[-1] + longer)
+            made: Inputs = {"logprobs": -uniform(g, *shape), "rewards": normal(g, *shape)}
+            made["rollout_logprobs"] = made["logprobs"] + normal(g, *shape, std=0.5)
+            made |= {"values": normal(g, *values), "gamma": 0.97}
+            return made | {k: v(g, made) if callable(v) else v for k, v in more.items()}
+
+        return Case("vtrace", label, inputs, ("vtrace",))
+
     def masked(g: torch.Generator, made: Inputs) -> Tensor:
         mask = some_mask(g, *made["rewards"].shape)
-        made["rewards"][~mask] = torch.nan
+        for name in made.keys() & {"rewards", "logprobs", "rollout_logprobs"}:
+            made[name][~mask] = torch.nan
         if "values" in made:
             made["values"][..., : mask.shape[-1]][~mask] = torch.nan
         return mask
@@ -97,3 +108,24 @@ def cases() -> Iterator[Case]:
     yield sums("terminated", (3, 17), terminated=sometimes)
     yield sums("masked", (3, 30), mask=masked, mask_convention="zero")
     yield sums("packed", (33,), cu_seqlens=offsets, bootstrap=lambda g, made: normal(g, 5))
+    yield vtrace("padded", (3, 17))
+    yield vtrace("bootstrapped", (3, 17), longer=True, lam=0.9)
+    yield vtrace("not clipped", (3, 17), longer=True, rho_clip=None, c_clip=3.0, pg_rho_clip=None)
+    yield vtrace("low thresholds", (2, 40), rho_clip=0.9, c_clip=0.7, pg_rho_clip=0.8)
+    yield vtrace("gamma 0", (2, 9), longer=True, gamma=0.0)
+    yield vtrace("no traces", (2, 9), longer=True, c_clip=0.0)
+    yield vtrace("lambda per row", (3, 17), longer=True, lam=per_row)
+    yield vtrace(
+        "flags",
+        (3, 30),
+        longer=True,
+        terminated=sometimes,
+        truncated=sometimes,
+        next_values=per_step,
+    )
+    for convention in ("carry", "zero", "truncate"):
+        given: Inputs = {"mask": masked, "mask_convention": convention, "terminated": sometimes}
+        yield vtrace(f"masked {convention}", (3, 30), longer=True, **given)
+        yield vtrace(f"packed {convention}", (33,), cu_seqlens=offsets.int(), **given)
+    yield vtrace("packed", (33,), cu_seqlens=offsets, lam=lambda g, made: uniform(g, 5))
+    yield vtrace("no steps", (3, 0), longer=True)
