@@ -125,17 +125,17 @@ struct Powers {
 inline void products_to_end(const double* coefficient, int64_t n, double* product) {
   vdouble later = splat_double(1.);
   for (int64_t left = n; left > 0; left -= kSteps) {
-    const int64_t count = left < kSteps ? left : kSteps, into = kSteps - count;
+    const int64_t missing = left < kSteps ? kSteps - left : 0, at = left + missing - kSteps;
     double buffer[kSteps];
-    for (double& one : buffer) one = 1.;
-    memcpy(buffer + into, coefficient + left - count, count * sizeof(double));
-    vdouble c = load_doubles(buffer);
+    for (int64_t i = 0; missing && i < kSteps; ++i)
+      buffer[i] = i < missing ? 1. : coefficient[i - missing];
+    vdouble c = load_doubles(missing ? buffer : coefficient + at);
     for (int by = 1; by < kSteps; by *= 2)
       c = Blocks<true>::product(c, shifted<true>(c, splat_double(1.), by));
     c = Blocks<true>::product(c, later);
     later = Blocks<true>::edge(c);
-    store_doubles(buffer, c);
-    memcpy(product + left - count, buffer + into, count * sizeof(double));
+    store_doubles(missing ? buffer : product + at, c);
+    for (int64_t i = missing; missing && i < kSteps; ++i) product[i - missing] = buffer[i];
   }
 }
 

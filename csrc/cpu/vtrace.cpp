@@ -30,12 +30,13 @@ struct Op {
     s.cut = true;
     double *x = s.x[0] + s.offset, *coefficient = s.coefficient[0] + s.offset;
     memcpy(s.td_error, x, s.n * sizeof(double));
-    for (int64_t i = 0; i < s.n; ++i) x[i] *= truncated(s.ratio[i], v.rho_clip);
+    const double rho_clip = v.rho_clip, c_clip = v.c_clip;  // in registers, whatever is written
+    for (int64_t i = 0; i < s.n; ++i) x[i] *= truncated(s.ratio[i], rho_clip);
     for (int64_t piece = 0, begin = 0; piece < s.unit.last - s.unit.first;
          begin = s.ends[piece++]) {
       const double c = g.gamma * lambda_of(g, 0, s.unit.first + piece);
       for (int64_t i = begin; i < s.ends[piece]; ++i)
-        coefficient[i] = c * truncated(s.ratio[i], v.c_clip);
+        coefficient[i] = c * truncated(s.ratio[i], c_clip);
     }
     for (int64_t i = 0; s.coded && i < s.n; ++i)
       coefficient[i] = s.code[i] & kCut ? 0. : coefficient[i];
@@ -48,7 +49,7 @@ struct Op {
 
   void store_unit(Steps<T>& s) const {
     const ScanSetting& g = a.setting;
-    const double* x = s.x[0] + s.offset;
+    const double *x = s.x[0] + s.offset, pg_rho_clip = v.pg_rho_clip, gamma = g.gamma;
     double beyond[kChunk];
     for (int64_t i = 0; i + 1 < s.n; ++i) beyond[i] = x[i + 1];
     for (int64_t piece = 0, begin = 0; piece < s.unit.last - s.unit.first; begin = s.ends[piece++])
@@ -56,8 +57,7 @@ struct Op {
         beyond[s.ends[piece] - 1] = s.unit.neighbour < 0 ? 0. : s.unit.carry[0];
     for (int64_t i = 0; s.coded && i < s.n; ++i) beyond[i] = s.code[i] & kCut ? 0. : beyond[i];
     write(g, s, a.advantages, [&](int64_t i) {
-      return vtrace_advantage(truncated(s.ratio[i], v.pg_rho_clip), s.td_error[i], beyond[i],
-                              g.gamma);
+      return vtrace_advantage(truncated(s.ratio[i], pg_rho_clip), s.td_error[i], beyond[i], gamma);
     });
     write(g, s, a.returns, [&](int64_t i) { return x[i] + s.in_second[i]; });
   }
