@@ -114,18 +114,13 @@ __global__ void __launch_bounds__(kThreads, kResident<E>)
   };
 
   const int last = min(first.last, second.last);
-  Batch<E, kVectors> next_a = {}, next_b = {};
+  Batch<E, kVectors> next_a, next_b;
   first.load(0, next_a);
   second.load(0, next_b);
   first.load_head(next_a);
   second.load_head(next_b);
   for (int step = 0; step < first.steps; ++step) {
-    Batch<E, kVectors> now_a, now_b;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      now_a[i] = next_a[i];
-      now_b[i] = next_b[i];
-    }
+    const Batch<E, kVectors> now_a = next_a, now_b = next_b;
     first.load(step + 1, next_a);
     second.load(step + 1, next_b);
 #pragma unroll
@@ -221,18 +216,13 @@ __global__ void __launch_bounds__(kThreads, kResident<E>)
       second(a.second, r.row, r.col, from, a.vocab);
   const Gradient<T, kOfSecond> gradient(a, r.position, upstream);
   const Span vectors = vectors_of(grad, first, second);
-  Batch<E, kVectors> next_a = {}, next_b = {};
+  Batch<E, kVectors> next_a, next_b;
   first.load(0, next_a);
   second.load(0, next_b);
   grad.for_each_outside(vectors,
                         [&](int j) { grad.write(j, gradient(first.read(j), second.read(j))); });
   for (int step = 0; step < grad.steps; ++step) {
-    Batch<E, kVectors> now_a, now_b;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      now_a[v] = next_a[v];
-      now_b[v] = next_b[v];
-    }
+    const Batch<E, kVectors> now_a = next_a, now_b = next_b;
     first.load(step + 1, next_a);
     second.load(step + 1, next_b);
 #pragma unroll

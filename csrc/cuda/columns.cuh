@@ -15,7 +15,9 @@ constexpr int kSteps = 4;  // of a segment
 
 // What a thread has in flight.
 template <class E, int kVectors>
-using Batch = Lanes<E>[kVectors];
+struct Batch {
+  Lanes<E> vector[kVectors] = {};
+};
 
 // Columns [first, last), in whole vectors.
 struct Span {
@@ -121,7 +123,7 @@ struct Columns {
     for (int v = 0; v < kVectors; ++v) {
       const int at = of_thread(step, v);
       if (behind && (v > 0 || threadIdx.x % kWarp > 0 || skip == 0)) continue;
-      if (at >= first && at < loaded) batch[v] = load_streaming<E, kLane>(memory + at);
+      if (at >= first && at < loaded) batch.vector[v] = load_streaming<E, kLane>(memory + at);
     }
   }
   // What there is of the vector that begins before the row.
@@ -129,15 +131,16 @@ struct Columns {
     if (first == 0 || last == 0 || threadIdx.x != 0) return;
 #pragma unroll
     for (int k = 0; k < kLane; ++k)
-      if (k >= skip) batch[0][k] = reinterpret_cast<const E*>(data)[k - skip];
+      if (k >= skip) batch.vector[0][k] = reinterpret_cast<const E*>(data)[k - skip];
   }
   // Vector v of columns, of the vectors of memory of this step and the next. For whole warps.
   __device__ Lanes<E> realigned(const Batch<E, kVectors>& batch, int v,
                                 const Batch<E, kVectors>& next) const {
-    if (skip == 0) return batch[v];
+    if (skip == 0) return batch.vector[v];
     const int lane = threadIdx.x % kWarp, neighbour = (lane + 1) % kWarp;
-    const Words own = bits_as<Words>(batch[v]);
-    Words behind = bits_as<Words>(v + 1 < kVectors ? batch[(v + 1) % kVectors] : next[0]);
+    const Words own = bits_as<Words>(batch.vector[v]);
+    Words behind =
+        bits_as<Words>(v + 1 < kVectors ? batch.vector[(v + 1) % kVectors] : next.vector[0]);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       behind[i] = __shfl_sync(kWholeWarp, lane == 0 ? behind[i] : own[i], neighbour);

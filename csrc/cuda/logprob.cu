@@ -111,13 +111,11 @@ __global__ void __launch_bounds__(kThreads, kResident<E, kSoftcap>)
   };
 
   const int last = columns.last;
-  Batch<E, kVectors> next = {};
+  Batch<E, kVectors> next;
   columns.load(0, next);
   columns.load_head(next);
   for (int step = 0; step < columns.steps; ++step) {
-    Batch<E, kVectors> now;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) now[v] = next[v];
+    const Batch<E, kVectors> now = next;
     columns.load(step + 1, next);
     const int warp = columns.of_warp(step), after = warp + columns.kOfWarp;
     const bool whole = after <= last && (target < warp || target >= after);
@@ -232,13 +230,11 @@ __global__ void __launch_bounds__(kThreads, kResident<E, true>)
     __syncthreads();  // in place it is overwritten from here on
   }
   const Span vectors = vectors_of(grad, logits);
-  Batch<E, kVectors> next = {};
+  Batch<E, kVectors> next;
   logits.load(0, next);
   grad.for_each_outside(vectors, [&](int j) { grad.write(j, of(logits.read(j))); });
   for (int step = 0; step < logits.steps; ++step) {
-    Batch<E, kVectors> now;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) now[v] = next[v];
+    const Batch<E, kVectors> now = next;
     logits.load(step + 1, next);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
