@@ -52,6 +52,7 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
 endif()
 
 add_library(kernels_cuda OBJECT
+  csrc/cuda/categorical_kl.cu
   csrc/cuda/kl.cu
   csrc/cuda/logprob.cu
   csrc/cuda/losses.cu

@@ -116,6 +116,11 @@ __device__ inline To bits_as(From from) {
   return to;
 }
 
+// The word that begins so many bits, fewer than 32, above the lowest of two.
+__device__ inline unsigned funnel_right(unsigned low, unsigned high, int bits) {
+  return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> bits);
+}
+
 // Where p points, as one word of so many bytes; a kernel stops where it is not aligned to them.
 template <int bytes, class T>
 __device__ inline typename Word<bytes>::type* word_at(T* p) {

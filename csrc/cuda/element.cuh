@@ -54,10 +54,10 @@ PPOK_HD inline __half narrow(float x) {
   return __float2half_rn(x);
 }
 
+// What p points to, of any dtype.
 template <class T>
-PPOK_HD inline T read_one(const View& v, int64_t row, int64_t col) {
-  const void* p = address(v, row, col);
-  switch (v.dtype) {
+PPOK_HD inline T read_element(const void* p, int32_t dtype) {
+  switch (dtype) {
     case kF32:
       return static_cast<T>(*static_cast<const float*>(p));
     case kF64:
@@ -76,6 +76,29 @@ PPOK_HD inline T read_one(const View& v, int64_t row, int64_t col) {
       return static_cast<T>(*static_cast<const int8_t*>(p));
     default:
       return static_cast<T>(*static_cast<const uint8_t*>(p));
+  }
+}
+
+template <class T>
+PPOK_HD inline T read_one(const View& v, int64_t row, int64_t col) {
+  return read_element<T>(address(v, row, col), v.dtype);
+}
+
+// Of a floating-point dtype.
+template <class T>
+__device__ inline void write_element(void* p, int32_t dtype, T x) {
+  switch (dtype) {
+    case kF32:
+      *static_cast<float*>(p) = static_cast<float>(x);
+      return;
+    case kBF16:
+      *static_cast<__nv_bfloat16*>(p) = narrow<__nv_bfloat16>(static_cast<float>(x));
+      return;
+    case kF16:
+      *static_cast<__half*>(p) = narrow<__half>(static_cast<float>(x));
+      return;
+    default:
+      *static_cast<double*>(p) = x;
   }
 }
 

@@ -20,21 +20,23 @@ struct Launch {
 namespace PPOK_ISA {
 
 // Kernels of csrc/kernels.h that there are for CUDA.
-#define PPOK_CUDA_KERNELS(X)           \
-  X(logprob_forward, LogprobForward)   \
-  X(logprob_backward, LogprobBackward) \
-  X(scan_forward, ScanForward)         \
-  X(scan_backward, ScanBackward)       \
-  X(vtrace, VTrace)                    \
-  X(clipped_loss, ClippedLoss)         \
-  X(value_loss, ValueLoss)             \
-  X(scale_gradient, ScaleGradient)     \
-  X(masked_reduce, MaskedReduce)       \
-  X(moments, MomentsForward)           \
-  X(whiten, WhitenForward)             \
-  X(whiten_backward, WhitenBackward)   \
-  X(kl_forward, KlForward)             \
-  X(kl_backward, KlBackward)           \
+#define PPOK_CUDA_KERNELS(X)                        \
+  X(logprob_forward, LogprobForward)                \
+  X(logprob_backward, LogprobBackward)              \
+  X(scan_forward, ScanForward)                      \
+  X(scan_backward, ScanBackward)                    \
+  X(vtrace, VTrace)                                 \
+  X(clipped_loss, ClippedLoss)                      \
+  X(value_loss, ValueLoss)                          \
+  X(scale_gradient, ScaleGradient)                  \
+  X(masked_reduce, MaskedReduce)                    \
+  X(moments, MomentsForward)                        \
+  X(whiten, WhitenForward)                          \
+  X(whiten_backward, WhitenBackward)                \
+  X(kl_forward, KlForward)                          \
+  X(kl_backward, KlBackward)                        \
+  X(categorical_kl_forward, CategoricalKlForward)   \
+  X(categorical_kl_backward, CategoricalKlBackward) \
   X(shape_rewards, ShapeRewards)
 
 #define PPOK_LAUNCHER(name, Args)                    \

@@ -5,8 +5,7 @@
 // segment's maximum, and a second kernel merges the segments of a row in order, in double. All of
 // that depends on the vocabulary and the dtype alone, so neither the batch nor the alignment of a
 // row nor the grid can change its bits; and few long rows keep as many blocks busy as many.
-#include "cuda/block.cuh"
-#include "cuda/element.cuh"
+#include "cuda/columns.cuh"
 #include "cuda/exp2.cuh"
 #include "cuda/launchers.h"
 #include "logprob_row.h"
@@ -16,55 +15,14 @@ namespace ppok {
 namespace PPOK_ISA {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kVectors = 4;  // that a thread has in flight: 64 bytes
-// Blocks that a multiprocessor has registers for.
-template <class E, bool kSoftcap>
+// Blocks that a multiprocessor has registers for, without spills on any architecture.
+template <class E, bool kMany>
 constexpr int kResident = sizeof(E) == 8 ? 2
-                          : kSoftcap     ? 3
+                          : kMany        ? 3
                                          : 4;
-constexpr int kSteps = 4;  // of a segment: 64 KiB
 template <class E>
-constexpr int kStep = kThreads * kVectors * kLanes<E>;  // columns that a block has in flight
-template <class E>
-constexpr int kSegment = kSteps * kStep<E>;
-
-// The first column of this thread's vector v, in a step.
-template <class E>
-__device__ inline int offset_of(int v) {
-  return (v * kThreads + threadIdx.x) * kLanes<E>;
-}
-
-// The columns of a segment of a row, counted from `from` on, which may be before the row.
-template <class E>
-struct Columns {
-  E* data;
-  int64_t stride;
-  int begin, end;  // the columns that there are
-  bool vectors;    // they can be read and written 16 bytes at a time
-
-  __device__ Columns(const View& logits, int64_t row, int64_t col, int64_t from, int64_t vocab)
-      : data(reinterpret_cast<E*>(address(logits, row, col)) + from * logits.stride[2]),
-        stride(logits.stride[2]),
-        begin(from < 0 ? static_cast<int>(-from) : 0),
-        end(vocab - from < kSegment<E> ? static_cast<int>(vocab - from) : kSegment<E>),
-        vectors(stride == 1 && is_aligned(data)) {}
-
-  // The column so many after `from`, or -1 if it is not of this segment.
-  __device__ int index_of(int64_t offset) const {
-    return offset >= begin && offset < end ? static_cast<int>(offset) : -1;
-  }
-  __device__ E& operator[](int j) const { return data[j * stride]; }
-
-  // This thread's vectors of the step from j on, those in [first, last).
-  __device__ void load_step(int j, int first, int last, Lanes<E> (&x)[kVectors]) const {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int at = j + offset_of<E>(v);
-      if (at >= first && at < last) x[v] = load_streaming<E, kLanes<E>>(data + at);
-    }
-  }
-};
+using Logits = Columns<E, kVectors>;
 
 // Logits to u, and du / dlogits: see scale_of.
 template <class T, bool kSoftcap>
@@ -136,46 +94,43 @@ __global__ void __launch_bounds__(kThreads, kResident<E, kSoftcap>)
   using T = Compute<E>;
   const Row<LogprobForward> r(a, blockIdx.x / segments);
   if (r.kind != kLive) return;
-  const int64_t from = static_cast<int64_t>(blockIdx.x % segments) * kSegment<E>;
-  const Columns<E> columns(a.logits, r.row, r.col, from, a.vocab);
+  const int64_t from = static_cast<int64_t>(blockIdx.x % segments) * Logits<E>::kSegment;
+  const Logits<E> columns(a.logits, r.row, r.col, from, a.vocab);
   const int target = columns.index_of(r.token - from);
   const double gain = scale_of(a, r.temperature) * kLog2E;
   const Transform<T, kSoftcap> transform(a);
 
   Running<T, kEntropy> running;
-  const auto add = [&](const Lanes<E>& x, int j, bool whole) {
-    T u[kLanes<E>];
+  const auto add = [&](T(&u)[kLanes<E>], int j, bool whole) {
 #pragma unroll
     for (int k = 0; k < kLanes<E>; ++k) {
-      u[k] = transform(widen(x[k]));
+      u[k] = transform(u[k]);
       if (!whole && (j + k == target || j + k >= columns.end)) u[k] = -INFINITY;
     }
     running.add(u, static_cast<T>(gain));
   };
 
-  const int last = columns.vectors ? columns.end / kLanes<E> * kLanes<E> : 0;
-  Lanes<E> next[kVectors] = {};
-  columns.load_step(0, 0, last, next);
-  for (int step = 0; step < last; step += kStep<E>) {
-    Lanes<E> x[kVectors];
+  const int last = columns.last;
+  Batch<E, kVectors> next;
+  columns.load(0, next);
+  columns.load_head(next);
+  for (int step = 0; step < columns.steps; ++step) {
+    const Batch<E, kVectors> now = next;
+    columns.load(step + 1, next);
+    const int warp = columns.of_warp(step), after = warp + columns.kOfWarp;
+    const bool whole = after <= last && (target < warp || target >= after);
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) x[v] = next[v];
-    columns.load_step(step + kStep<E>, 0, last, next);
-    const int after = step + kStep<E>;
-    const bool whole = after <= last && (target < step || target >= after);
+    for (int v = 0; v < kVectors; ++v) {
+      const Lanes<E> x = columns.realigned(now, v, next);
+      const int j = columns.of_thread(step, v);
+      if (!whole && j >= last) continue;
+      T u[kLanes<E>];
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v)
-      if (whole || step + offset_of<E>(v) < last) add(x[v], step + offset_of<E>(v), whole);
+      for (int k = 0; k < kLanes<E>; ++k) u[k] = widen(x[k]);
+      add(u, j, whole);
+    }
   }
-  // What is not aligned, or less than a vector: the same columns to the same threads.
-  for (int j = threadIdx.x * kLanes<E>; j < columns.end; j += kThreads * kLanes<E>) {
-    if (j < last) continue;
-    Lanes<E> x{};
-#pragma unroll
-    for (int k = 0; k < kLanes<E>; ++k)
-      if (j + k < columns.end) x[k] = columns[j + k];
-    add(x, j, false);
-  }
+  columns.for_each_part(last, [&](int j, T(&u)[kLanes<E>]) { add(u, j, false); });
   const RowSums total = running.of_block(gain);
   if (threadIdx.x == 0) sums[blockIdx.x] = total;
 }
@@ -206,14 +161,9 @@ __global__ void __launch_bounds__(kThreads)
   RowSums others = empty_row();
   for (int segment = 0; segment < segments; ++segment)
     others = merge(others, sums[i * segments + segment], c);
-  const Columns<E> target(a.logits, r.row, r.col, r.token, a.vocab);
-  const T u = Transform<T, kSoftcap>(a)(widen(target[0]));
+  const Logits<E> target(a.logits, r.row, r.col, r.token, a.vocab);
+  const T u = Transform<T, kSoftcap>(a)(target.read(0));
   write<T>(a, i, finish(others, u, c));
-}
-
-template <class E>
-int64_t segments_of(int64_t vocab) {
-  return (vocab + kSegment<E> - 1) / kSegment<E>;
 }
 
 // ---- backward -----------------------------------------------------------------------------------
@@ -247,24 +197,16 @@ struct Gradient {
   }
 };
 
-// Where the columns of a gradient's segments are counted from: a vector before or at the row's
-// first, so that the gradient can be written in whole vectors.
-template <class E>
-__device__ inline int64_t lead_of(const View& grad_logits, int64_t row, int64_t col) {
-  return reinterpret_cast<uintptr_t>(address(grad_logits, row, col)) % kVectorBytes / sizeof(E);
-}
-
 // grad_logits may be logits: a thread writes what it alone has read.
 template <class E, bool kEntropy, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads, kResident<E, kSoftcap>)
+__global__ void __launch_bounds__(kThreads, kResident<E, true>)
     make_gradient(const LogprobBackward a, int segments) {
   using T = Compute<E>;
   const Row<LogprobBackward> r(a, blockIdx.x / segments);
-  const int64_t from = static_cast<int64_t>(blockIdx.x % segments) * kSegment<E> -
+  const int64_t from = static_cast<int64_t>(blockIdx.x % segments) * Logits<E>::kSegment -
                        lead_of<E>(a.grad_logits, r.row, r.col);
   if (from >= a.vocab) return;
-  const Columns<E> logits(a.logits, r.row, r.col, from, a.vocab);
-  const Columns<E> grad(a.grad_logits, r.row, r.col, from, a.vocab);
+  const Logits<E> grad(a.grad_logits, r.row, r.col, from, a.vocab);
 
   Upstream g{0., 0.};
   if (r.kind != kSkipped && a.grad_logprobs.data)
@@ -272,62 +214,41 @@ __global__ void __launch_bounds__(kThreads, kResident<E, kSoftcap>)
   if (r.kind != kSkipped && a.grad_entropy.data)
     g.entropy = read_one<double>(a.grad_entropy, r.row, r.col);
   const bool asked = g.logprob != 0. || g.entropy != 0.;
-  const bool vectors = grad.vectors && logits.vectors;
-  // Whole vectors: [first, last).
-  int first = grad.end, last = grad.end;
-  if (vectors) {
-    first = min((grad.begin + kLanes<E> - 1) / kLanes<E> * kLanes<E>, grad.end);
-    last = max(first, grad.end / kLanes<E> * kLanes<E>);
-  }
-  const auto narrow_columns = [&](auto&& one) {
-    for (int j = grad.begin + threadIdx.x; j < first; j += kThreads) grad[j] = one(j);
-    for (int j = last + threadIdx.x; j < grad.end; j += kThreads) grad[j] = one(j);
-  };
-  if (!asked || r.kind != kLive) {  // the logits are not read
-    const E fill = narrow<E>(asked ? T(NAN) : T(0));
-    Lanes<E> filled;
-#pragma unroll
-    for (int k = 0; k < kLanes<E>; ++k) filled[k] = fill;
-    for (int j = threadIdx.x * kLanes<E>; j < last; j += kThreads * kLanes<E>)
-      if (j >= first) store_streaming<E, kLanes<E>>(grad.data + j, filled);
-    narrow_columns([&](int) { return fill; });
-    return;
-  }
+  if (!asked || r.kind != kLive) return grad.fill(asked ? T(NAN) : T(0));
 
+  const Logits<E> logits(a.logits, r.row, r.col, from, a.vocab);
   const Gradient<T, kEntropy> gradient(a, r, g);
   const Transform<T, kSoftcap> transform(a);
-  const auto of = [&](E x) {
-    const T raw = widen(x);
-    return narrow<E>(gradient(transform(raw)) * transform.slope(raw));
-  };
+  const auto of = [&](T raw) { return gradient(transform(raw)) * transform.slope(raw); };
   const int target = grad.index_of(r.token - from);
-  T raw_target = 0;
+  T of_target = 0;
   if (target >= 0) {
-    raw_target = widen(logits[target]);
+    if (threadIdx.x == 0) {
+      const T raw = logits.read(target);
+      of_target = static_cast<T>(gradient.of_target(transform(raw))) * transform.slope(raw);
+    }
     __syncthreads();  // in place it is overwritten from here on
   }
-  Lanes<E> next[kVectors];
-  logits.load_step(0, first, last, next);
-  for (int step = 0; step < last; step += kStep<E>) {
-    Lanes<E> x[kVectors];
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) x[v] = next[v];
-    logits.load_step(step + kStep<E>, first, last, next);
+  const Span vectors = vectors_of(grad, logits);
+  Batch<E, kVectors> next;
+  logits.load(0, next);
+  grad.for_each_outside(vectors, [&](int j) { grad.write(j, of(logits.read(j))); });
+  for (int step = 0; step < logits.steps; ++step) {
+    const Batch<E, kVectors> now = next;
+    logits.load(step + 1, next);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int j = step + offset_of<E>(v);
-      if (j < first || j >= last) continue;
+      Lanes<E> x = logits.realigned(now, v, next);
+      const int j = grad.of_thread(step, v);
+      if (j < vectors.first || j >= vectors.last) continue;
 #pragma unroll
-      for (int k = 0; k < kLanes<E>; ++k) x[v][k] = of(x[v][k]);
-      store_streaming<E, kLanes<E>>(grad.data + j, x[v]);
+      for (int k = 0; k < kLanes<E>; ++k) x[k] = narrow<E>(of(widen(x[k])));
+      store_streaming<E, kLanes<E>>(reinterpret_cast<E*>(grad.data) + j, x);
     }
   }
-  narrow_columns([&](int j) { return of(logits[j]); });
   if (target >= 0) {
     __syncthreads();
-    if (threadIdx.x == 0)
-      grad[target] = narrow<E>(static_cast<T>(gradient.of_target(transform(raw_target))) *
-                               transform.slope(raw_target));
+    if (threadIdx.x == 0) grad.write(target, of_target);
   }
 }
 
@@ -338,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, kResident<E, kSoftcap>)
 int64_t logprob_forward_workspace(const LogprobForward& a) {
   int64_t segments = 0;
   with_element(a.logits.dtype, [&](auto element) {
-    segments = segments_of<decltype(element)>(a.vocab);
+    segments = Logits<decltype(element)>::segments_of(a.vocab);
     return nullptr;
   });
   return a.rows * a.cols * segments * static_cast<int64_t>(sizeof(RowSums));
@@ -350,7 +271,7 @@ const char* logprob_forward(const LogprobForward& a, const Launch& to) {
   const int64_t rows = a.rows * a.cols, blocks = (rows + kThreads - 1) / kThreads;
   return with_element(a.logits.dtype, [&](auto element) {
     using E = decltype(element);
-    const int64_t segments = segments_of<E>(a.vocab);
+    const int64_t segments = Logits<E>::segments_of(a.vocab);
     const bool entropy = a.entropy.data != nullptr, softcap = a.softcap > 0.;
     const auto sum = entropy ? softcap ? sum_segments<E, true, true> : sum_segments<E, true, false>
                      : softcap ? sum_segments<E, false, true>
@@ -368,7 +289,7 @@ int64_t logprob_backward_workspace(const LogprobBackward&) { return 0; }
 const char* logprob_backward(const LogprobBackward& a, const Launch& to) {
   return with_element(a.logits.dtype, [&](auto element) {
     using E = decltype(element);
-    const int64_t segments = segments_of<E>(a.vocab + kLanes<E> - 1);
+    const int64_t segments = Logits<E>::segments_of(a.vocab + kLanes<E> - 1);  // and a lead
     const bool entropy = a.grad_entropy.data != nullptr, softcap = a.softcap > 0.;
     const auto kernel = entropy
                             ? softcap ? make_gradient<E, true, true> : make_gradient<E, true, false>

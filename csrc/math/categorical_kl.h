@@ -15,55 +15,83 @@ namespace PPOK_ISA {
 
 // Sum over j of exp((x_j - max) c) = at_max + rest. A NaN element makes rest NaN and leaves max
 // alone.
+template <class S>
 struct Mass {
-  double max, at_max, rest;
+  S max, at_max, rest;
 };
 
 // slope = sum of exp((u_j - max_a) c) ((u_j - max_a) - (v_j - max_b)) c; +inf: a token that b alone
 // forbids.
-struct PairSums {
-  Mass a, b;
-  double slope;
+template <class S>
+struct PartialPair {
+  Mass<S> a, b;
+  S slope;
 };
+using PairSums = PartialPair<double>;
 
-PPOK_HD inline PairSums empty_pair() { return {{-INFINITY, 0., 0.}, {-INFINITY, 0., 0.}, 0.}; }
+template <class S = double>
+PPOK_HD inline PartialPair<S> empty_pair() {
+  return {{-INFINITY, 0, 0}, {-INFINITY, 0, 0}, 0};
+}
 
 PPOK_HD inline double highest(const PairSums& sums) { return sums.a.max; }
 
-PPOK_HD inline double total(const Mass& mass) { return mass.at_max + mass.rest; }
+template <class S>
+PPOK_HD inline S total(const Mass<S>& mass) {
+  return mass.at_max + mass.rest;
+}
 
-// The difference to a maximum at least as high, and what the powers are to be multiplied by.
+// A maximum at least as high, the difference to it, in the slope's unit, and what the powers are to
+// be multiplied by.
+template <class S>
 struct Raise {
-  double gap, weight;
-  PPOK_HD Raise(double from, double to, double c)
-      : gap(from == to || from == -INFINITY ? 0. : (from - to) * c),
-        weight(gap == 0. ? 1. : exp(gap)) {}
+  S max, gap, weight;
 };
 
-PPOK_HD inline Mass merge(const Mass& x, const Raise& raise_x, const Mass& y,
-                          const Raise& raise_y) {
-  const double max = x.max >= y.max ? x.max : y.max;
-  const bool x_high = x.max == max, y_high = y.max == max;
-  return {max, (x_high ? x.at_max : 0.) + (y_high ? y.at_max : 0.),
-          raise_x.weight * (x_high ? x.rest : total(x)) +
-              raise_y.weight * (y_high ? y.rest : total(y))};
+PPOK_HD inline Raise<double> raise(double from, double to, double c) {
+  const double gap = from == to || from == -INFINITY ? 0. : (from - to) * c;
+  return {to, gap, gap == 0. ? 1. : exp(gap)};
+}
+
+template <class S>
+PPOK_HD inline Mass<S> raised(const Mass<S>& x, const Raise<S>& to) {
+  const bool high = x.max == to.max;
+  return {to.max, high ? x.at_max : S(0), to.weight * (high ? x.rest : total(x))};
 }
 
 // 0 where the weight is: a slope of inf is none of a rest that is nothing.
-PPOK_HD inline double raised_slope(const PairSums& sums, const Raise& a, const Raise& b) {
-  if (sums.slope == INFINITY || a.weight == 0.) return sums.slope == INFINITY ? INFINITY : 0.;
-  return a.weight * (sums.slope + (a.gap - b.gap) * total(sums.a));
+template <class S>
+PPOK_HD inline S raised_slope(const PartialPair<S>& x, const Raise<S>& a, const Raise<S>& b) {
+  if (x.slope == S(INFINITY) || a.weight == S(0))
+    return x.slope == S(INFINITY) ? S(INFINITY) : S(0);
+  return a.weight * (x.slope + (a.gap - b.gap) * total(x.a));
+}
+
+template <class S>
+PPOK_HD inline PartialPair<S> raised(const PartialPair<S>& x, const Raise<S>& a,
+                                     const Raise<S>& b) {
+  return {raised(x.a, a), raised(x.b, b), raised_slope(x, a, b)};
+}
+
+// One expression: where multiplications and additions are fused, for both rows alike.
+PPOK_HD inline Mass<double> merge(const Mass<double>& x, const Raise<double>& raise_x,
+                                  const Mass<double>& y, const Raise<double>& raise_y) {
+  const bool x_high = x.max == raise_x.max, y_high = y.max == raise_y.max;
+  return {raise_x.max, (x_high ? x.at_max : 0.) + (y_high ? y.at_max : 0.),
+          raise_x.weight * (x_high ? x.rest : total(x)) +
+              raise_y.weight * (y_high ? y.rest : total(y))};
 }
 
 PPOK_HD inline PairSums merge(const PairSums& x, const PairSums& y, double c) {
   const double a = x.a.max >= y.a.max ? x.a.max : y.a.max;
   const double b = x.b.max >= y.b.max ? x.b.max : y.b.max;
-  const Raise x_a(x.a.max, a, c), x_b(x.b.max, b, c), y_a(y.a.max, a, c), y_b(y.b.max, b, c);
+  const Raise<double> x_a = raise(x.a.max, a, c), y_a = raise(y.a.max, a, c);
+  const Raise<double> x_b = raise(x.b.max, b, c), y_b = raise(y.b.max, b, c);
   return {merge(x.a, x_a, y.a, y_a), merge(x.b, x_b, y.b, y_b),
           raised_slope(x, x_a, x_b) + raised_slope(y, y_a, y_b)};
 }
 
-PPOK_HD inline double log_of(const Mass& mass) {
+PPOK_HD inline double log_of(const Mass<double>& mass) {
   return mass.at_max == 1. ? log1p(mass.rest) : log(total(mass));
 }
 

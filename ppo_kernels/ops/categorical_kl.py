@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _checks
 from .._op import Op, count, forbid_double_backward
 from ..cpu import kernel as cpu
+from ..cuda import kernel as cuda
 from ..native import categorical_kl as native
 from ..triton import kernel as triton
 
@@ -145,6 +146,7 @@ _FORWARD = Op(
     fake=_fake_forward,
     autograd=_autograd,
     cpu=cpu(native.categorical_kl_forward),
+    cuda=cuda(native.categorical_kl_forward),
     triton=triton("categorical_kl", "categorical_kl_forward"),
 )
 _BACKWARD = Op(
@@ -154,5 +156,6 @@ _BACKWARD = Op(
     function="categorical_kl",
     fake=lambda grad_kl, logits, *args: logits.new_empty(logits.shape),
     cpu=cpu(native.categorical_kl_backward),
+    cuda=cuda(native.categorical_kl_backward),
     triton=triton("categorical_kl", "categorical_kl_backward"),
 )
