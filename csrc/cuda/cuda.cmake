@@ -2,10 +2,18 @@
 # CUDA libraries: the runtime is linked statically, and nothing of it is called at import.
 set(PPO_KERNELS_CUDA AUTO CACHE STRING "The CUDA backend: AUTO (if nvcc works), ON (or fail), OFF")
 set(PPO_KERNELS_CUDA_ARCHS AUTO CACHE STRING
-  "GPU architectures as in CMAKE_CUDA_ARCHITECTURES; AUTO: the GPUs of this machine, else 80 and its PTX")
+  "GPU architectures, as 80-real;90 (or fail); AUTO: the GPUs of this machine, else 80 and its PTX")
+
+if(NOT PPO_KERNELS_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "PPO_KERNELS_CUDA=${PPO_KERNELS_CUDA}: expected AUTO, ON or OFF")
+endif()
+if(NOT "${PPO_KERNELS_CUDA_ARCHS}" MATCHES "^(AUTO|[0-9]+[af]?(-real|-virtual)?(;[0-9]+[af]?(-real|-virtual)?)*)$")
+  message(FATAL_ERROR "PPO_KERNELS_CUDA_ARCHS=${PPO_KERNELS_CUDA_ARCHS}: expected AUTO or a list of "
+    "architectures such as 80-real;90-real;120 (-real: no PTX, -virtual: PTX alone)")
+endif()
 
 set(CUDA_OFF "")
-if(NOT PPO_KERNELS_CUDA)
+if(PPO_KERNELS_CUDA STREQUAL "OFF")
   set(CUDA_OFF "ppo_kernels was built with PPO_KERNELS_CUDA=OFF")
   return()
 elseif(PPO_KERNELS_SANITIZE)
@@ -34,8 +42,9 @@ check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
   set(CUDA_OFF
     "no nvcc that compiles for ${CMAKE_CUDA_ARCHITECTURES} was found when ppo_kernels was built")
-  if(NOT PPO_KERNELS_CUDA STREQUAL "AUTO")
-    message(FATAL_ERROR "PPO_KERNELS_CUDA=${PPO_KERNELS_CUDA}, but ${CUDA_OFF}; "
+  if(PPO_KERNELS_CUDA STREQUAL "ON" OR NOT PPO_KERNELS_CUDA_ARCHS STREQUAL "AUTO")
+    message(FATAL_ERROR "PPO_KERNELS_CUDA=${PPO_KERNELS_CUDA}, "
+      "PPO_KERNELS_CUDA_ARCHS=${PPO_KERNELS_CUDA_ARCHS}, but ${CUDA_OFF}; "
       "put nvcc on PATH or name it in CUDACXX")
   endif()
   message(STATUS "CUDA backend: off, ${CUDA_OFF}")
