@@ -1,6 +1,6 @@
 # make demo    PPO on real text, start to finish, from nothing but python3 and a C++ compiler
 # make test    every test; the Triton kernels on the CPU, in Triton's interpreter
-# make verify-all   every launch of the Triton kernels compiled for every GPU it is tested for
+# make verify-all   every Triton launch and every CUDA source compiled for every GPU it is tested for
 # make gpu-check    on a machine with a GPU: every op tested on it and timed, under 9 minutes
 # make bench   every function against torch, on one thread and on all; ARGS="gae --sizes small" to choose
 # make lint    ruff, clang-format, mypy
@@ -30,6 +30,7 @@ test: .venv/installed
 
 verify-all: .venv/installed
 	$(BIN)/python python_tests/compile_ladder.py
+	$(BIN)/python python_tests/cuda_resources.py
 
 # With the torch and the Triton that are there: a CUDA build of torch is not what .venv installs.
 gpu-check:
