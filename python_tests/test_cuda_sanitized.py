@@ -23,6 +23,6 @@ def test_no_races():
 
 
 def test_everything_is_of_the_kernels():
-    files = [argument.rpartition("/")[2] for argument in cuda_sanitized.everything()]
+    files = [argument.rpartition("/")[2] for argument in cuda_sanitized.everything("thread")]
     assert {"test_cube.py", "test_cuda_scan.py", "test_gae.py", "-k"} <= set(files)
     assert "test_cuda_sanitized.py" not in files

@@ -117,6 +117,18 @@ def test_options_of_the_cuda_build_are_checked(option, message):
         assert message in " ".join(run.stderr.split())
 
 
+def configure(folder, *options, **env):
+    """As pip's build does."""
+    pybind11 = pytest.importorskip("pybind11").get_cmake_dir()
+    found = [f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}"]
+    return subprocess.run(
+        [CMAKE, "-S", ROOT, "-B", folder, *found, *options],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+    )
+
+
 @needs_cmake
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -128,14 +140,7 @@ def test_options_of_the_cuda_build_are_checked(option, message):
 )
 def test_a_build_without_nvcc(tmp_path, options, message):
     """An error where CUDA or its architectures were asked for; else a build that knows why."""
-    pybind11 = pytest.importorskip("pybind11").get_cmake_dir()
-    found = [f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}"]
-    run = subprocess.run(
-        [CMAKE, "-S", ROOT, "-B", tmp_path, *found, *options],
-        env=os.environ | {"CUDACXX": "/nowhere/nvcc"},
-        capture_output=True,
-        text=True,
-    )
+    run = configure(tmp_path, *options, CUDACXX="/nowhere/nvcc")
     reason = "was found when ppo_kernels was built"
     if message is None:
         assert run.returncode == 0, run.stderr
@@ -145,6 +150,18 @@ def test_a_build_without_nvcc(tmp_path, options, message):
         errors = " ".join(run.stderr.split())
         assert message in errors
         assert reason in errors
+
+
+@needs_cmake
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
+def test_a_build_for_several_architectures_names_them(tmp_path):
+    plain = ["-GUnix Makefiles", "-DCMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF"]
+    run = configure(tmp_path, *plain, "-DPPO_KERNELS_CUDA_ARCHS=80-real;90-real")
+    assert run.returncode == 0, run.stderr
+    bindings = "csrc/cuda/bindings.cpp.o"
+    make = ["make", "-C", tmp_path, "-f", "CMakeFiles/_cuda.dir/build.make"]
+    subprocess.run([*make, f"CMakeFiles/_cuda.dir/{bindings}"], capture_output=True, check=True)
+    assert b"80-real, 90-real" in (tmp_path / "CMakeFiles/_cuda.dir" / bindings).read_bytes()
 
 
 def test_versions_agree():

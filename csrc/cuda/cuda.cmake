@@ -36,12 +36,14 @@ if(PPO_KERNELS_CUDA_ARCHS STREQUAL "AUTO")
   endif()
 endif()
 
+string(REPLACE ";" ", " ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")  # in a definition ; would end it
+
 include(CheckLanguage)
 set(ENV{CUDAARCHS} "${CMAKE_CUDA_ARCHITECTURES}")  # the check is for these
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
   set(CUDA_OFF
-    "no nvcc that compiles for ${CMAKE_CUDA_ARCHITECTURES} was found when ppo_kernels was built")
+    "no nvcc that compiles for ${ARCHITECTURES} was found when ppo_kernels was built")
   if(PPO_KERNELS_CUDA STREQUAL "ON" OR NOT PPO_KERNELS_CUDA_ARCHS STREQUAL "AUTO")
     message(FATAL_ERROR "PPO_KERNELS_CUDA=${PPO_KERNELS_CUDA}, "
       "PPO_KERNELS_CUDA_ARCHS=${PPO_KERNELS_CUDA_ARCHS}, but ${CUDA_OFF}; "
@@ -77,7 +79,7 @@ target_compile_options(_cuda PRIVATE -Wall -Wextra)
 target_compile_definitions(_cuda PRIVATE
   PPOK_MODULE=_cuda
   PPOK_COMPILER="nvcc ${CMAKE_CUDA_COMPILER_VERSION}"
-  PPOK_ARCHITECTURES="${CMAKE_CUDA_ARCHITECTURES}")
+  PPOK_ARCHITECTURES="${ARCHITECTURES}")
 target_link_libraries(_cuda PRIVATE kernels_cuda CUDA::cudart_static)
 install(TARGETS _cuda DESTINATION ppo_kernels)
-message(STATUS "CUDA backend: ${CMAKE_CUDA_COMPILER} for ${CMAKE_CUDA_ARCHITECTURES}")
+message(STATUS "CUDA backend: ${CMAKE_CUDA_COMPILER} for ${ARCHITECTURES}")
