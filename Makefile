@@ -1,10 +1,11 @@
 # make demo    PPO on real text, start to finish, from nothing but python3 and a C++ compiler
 # make test    every test; the Triton kernels on the CPU, in Triton's interpreter
-# make verify-all   every launch of the Triton kernels compiled for every GPU it is tested for
+# make verify-all   every Triton launch and every CUDA source compiled for every GPU it is tested for;
+#              races in the emulated CUDA kernels
 # make gpu-check    on a machine with a GPU: every op tested on it and timed, under 9 minutes
 # make bench   every function against torch, on one thread and on all; ARGS="gae --sizes small" to choose
 # make lint    ruff, clang-format, mypy
-# make test-sanitize   the op tests on kernels built with AddressSanitizer and UBSan
+# make test-sanitize   the op tests on C++ and emulated CUDA kernels built with AddressSanitizer and UBSan
 # make test-floor      the op tests on the oldest torch and Python supported (a download of gigabytes)
 # make docs    regenerate the tables that come from the code
 #
@@ -30,12 +31,14 @@ test: .venv/installed
 
 verify-all: .venv/installed
 	$(BIN)/python python_tests/compile_ladder.py
+	$(BIN)/python python_tests/cuda_resources.py
+	$(BIN)/python python_tests/cuda_sanitized.py thread
 
 # With the torch and the Triton that are there: a CUDA build of torch is not what .venv installs.
 gpu-check:
 	$(PYTHON) python_tests/gpu_check.py
 
-OP_TESTS := $(shell ls python_tests/test_*.py | grep -vE 'package|trainer|bench|triton|vectorised|gpu_check|test_cuda')
+OP_TESTS := $(shell ls python_tests/test_*.py | grep -vE 'package|trainer|bench|triton|vectorised|gpu_check|test_gpu[.]|test_cuda')
 
 # A second environment on top of .venv, whose ppo_kernels is the sanitized build. Leaks are Python's own affair.
 test-sanitize: .venv/installed
@@ -47,6 +50,7 @@ test-sanitize: .venv/installed
 	cd build/sanitize && PPO_KERNELS_SANITIZED=1 ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		bin/python -m pytest -p no:cacheprovider $(addprefix ../../,$(OP_TESTS))
+	$(BIN)/python python_tests/cuda_sanitized.py address,undefined
 
 FLOOR_PYTHON ?= python3.10
 test-floor:

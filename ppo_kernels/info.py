@@ -10,7 +10,7 @@ import torch
 
 import ppo_kernels
 
-from . import cpu
+from . import cpu, cuda
 from ._op import BACKENDS, OPS, Op, refusal
 
 
@@ -48,6 +48,14 @@ def openmp_runtimes() -> list[str]:
     return sorted({str(Path(path).resolve()) for path in found})
 
 
+def cuda_module() -> str:
+    """Whether the CUDA kernels were built, by what and for which GPUs, or why not."""
+    if cuda.UNAVAILABLE:
+        return f"CUDA module: off - {cuda.UNAVAILABLE}"
+    build = cuda.build()
+    return f"CUDA module: {build['compiler']}, for the architectures {build['architectures']}"
+
+
 def report() -> str:
     """Versions, build flags, and for each function and backend whether it runs here or why not."""
     lines = [
@@ -63,6 +71,7 @@ def report() -> str:
             f"{'OpenMP' if build['openmp'] else 'no OpenMP: one thread'}, instruction set "
             f"{cpu.isa()} of {'/'.join(cpu.supported_isas())}, {torch.get_num_threads()} threads"
         )
+    lines.append(cuda_module())
     runtimes = openmp_runtimes()
     if len(runtimes) > 1:
         lines.append(f"warning: two OpenMP runtimes are loaded: {', '.join(runtimes)}")

@@ -9,6 +9,9 @@
 
 import os
 
+if "PPO_KERNELS_EMULATOR_SANITIZE" in os.environ:
+    os.environ.pop("LD_PRELOAD", None)  # this process's; a compiler that it starts needs none
+
 import cuda_emulated
 import pytest
 import torch

@@ -3,8 +3,9 @@
     python python_tests/gpu_check.py [--minutes 9] [--out benchmarks/results/DEVICE]
 
 Runs with the Python it is started with, which needs a CUDA (or ROCm) build of torch, Triton, pytest
-and hypothesis, and no network. What is tested is the ppo_kernels that is installed there; without
-one, the source tree, which has no compiled part.
+and hypothesis, and no network. The package is built for this GPU, of what is installed here and
+into build/gpu_check. What is missing for that is named, and the source tree is tested, which has
+Triton's kernels alone. (An editable install is tested as it is: it builds itself.)
 
 The steps stand in the order of what they tell. Each has its share of the time and what those before
 it left over; one that fails, hangs or runs out of time stops no other. After each step the folder
@@ -19,6 +20,7 @@ import datetime
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,18 +35,23 @@ import torch
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+SITE = ROOT / "build/gpu_check/site"  # of the package that is tested
 MINUTES = 9.0
 SPARE = 20.0  # seconds for starting, and for stopping the last step
 GRACE = 10.0  # seconds between asking a process to stop and killing it
 NO_TESTS = 5  # pytest's status where none of the chosen ones is in this part
 BACKENDS = "triton or cuda"
+# Kernels of ours, at shapes with some blocks each: under a sanitizer they take many times as long.
+SANITIZED = "cuda and contiguous and (float32 or bfloat16) and (prime or several or packed)"
 PYTEST = (sys.executable, "-m", "pytest", "--tb=short", "-p", "no:cacheprovider", "-k")
 BENCH = (sys.executable, "-m", "ppo_kernels", "bench", "--device", "cuda", "--seconds", "0.1")
-WITHOUT_INDUCTOR = "eager,eager logsumexp,loop,chunked,linear_cross_entropy"
+WITHOUT_INDUCTOR = "eager,eager logsumexp,loop,chunked,linear_cross_entropy,trl,verl,liger"
 WITH_INDUCTOR = "eager,compile,chunked compile"
-# What a failed test, a lost GPU and a wrong result of ours look like in a log.
+# What a failed test, a lost GPU, a wrong result of ours and a sanitizer's sum look like in a log.
 FAILURE = re.compile(
-    r"^(?:FAILED|ERROR) .*|^!+ (?!KeyboardInterrupt).*|.*: ppo_kernels (?:wrong|failed): .*", re.M
+    r"^(?:FAILED|ERROR) .*|^!+ (?!KeyboardInterrupt).*|.*: ppo_kernels (?:wrong|failed): .*"
+    r"|^=+ (?:ERROR|RACECHECK) SUMMARY: [1-9].*",
+    re.M,
 )
 
 
@@ -52,7 +59,8 @@ class Step(NamedTuple):
     """A command with `seconds` of the nine minutes.
 
     `device`: where the op tests make their tensors. `parallel`: the tests are shared out over
-    several processes. `partial`: what is done when the time is over is a result.
+    several processes. `partial`: what is done when the time is over is a result. `missing`: what
+    it cannot do without, and does not find here; it is not run. `optional`: nor is that a failure.
     """
 
     name: str
@@ -61,6 +69,8 @@ class Step(NamedTuple):
     device: str = "cpu"
     parallel: bool = False
     partial: bool = False
+    missing: str = ""
+    optional: bool = False
 
 
 def on_device() -> list[str]:
@@ -69,17 +79,66 @@ def on_device() -> list[str]:
     return [str(p) for p in paths if re.search(r"^from device import", p.read_text(), re.M)]
 
 
-def steps(out: Path) -> list[Step]:
-    of_triton = [str(p) for p in TESTS.glob("test_triton*.py") if p.stem != "test_triton_compile"]
+def steps(out: Path, architecture: str) -> list[Step]:
+    of_gpus = [str(p) for p in TESTS.glob("test_triton*.py") if p.stem != "test_triton_compile"]
+    of_gpus.append(str(TESTS / "test_gpu.py"))
     bench = (*BENCH, "--out", str(out), "--baselines")
+    of_cuda = (*bench, "none", "--backend", "cuda")
+    build = package(architecture)
     return [
-        Step("streams, graphs, compilers", 50, (*PYTEST, "not 2_31", *of_triton), parallel=True),
-        Step("cube", 150, (*PYTEST, BACKENDS, str(TESTS / "test_cube.py")), parallel=True),
-        Step("tests of the ops", 110, (*PYTEST, BACKENDS, *on_device()), "cuda", parallel=True),
-        Step("sizes past 2^31", 60, (*PYTEST, "2_31", *of_triton)),
-        Step("benchmark", 110, (*bench, WITHOUT_INDUCTOR), partial=True),
-        Step("benchmark with Inductor", 40, (*bench, WITH_INDUCTOR), partial=True),
+        *([] if is_editable() else [build]),
+        Step("streams, graphs, compilers", 45, (*PYTEST, "not 2_31", *of_gpus), parallel=True),
+        Step("cube", 115, (*PYTEST, BACKENDS, str(TESTS / "test_cube.py")), parallel=True),
+        Step("tests of the ops", 85, (*PYTEST, BACKENDS, *on_device()), "cuda", parallel=True),
+        Step("sizes past 2^31", 50, (*PYTEST, "2_31", *of_gpus)),
+        *map(sanitizer, ("memcheck", "racecheck", "synccheck")),
+        Step("benchmark", 60, (*bench, WITHOUT_INDUCTOR), partial=True),
+        Step("benchmark of CUDA", 20, of_cuda, partial=True, missing=build.missing),
+        Step("benchmark with Inductor", 25, (*bench, WITH_INDUCTOR), partial=True),
     ]
+
+
+def is_editable() -> bool:
+    """Whether an installed package would be the source tree: it precedes any other."""
+    found = find_spec("ppo_kernels")
+    return bool(found and found.origin and Path(found.origin).is_relative_to(ROOT / "ppo_kernels"))
+
+
+def package(architecture: str) -> Step:
+    """Build ppo_kernels for one GPU, as `pip install .` does, from what is here."""
+    missing = [name for name in ("nvcc", "c++") if program(name) is None]
+    missing += [name for name in ("cmake", "ninja") if not (program(name) or find_spec(name))]
+    missing += [name for name in ("pip", "pybind11", "scikit_build_core") if not find_spec(name)]
+    pip = (sys.executable, "-m", "pip", "install", "--no-index", "--no-deps")
+    options = ("--no-build-isolation", "--upgrade", "--target", str(SITE))
+    defines = ("PPO_KERNELS_CUDA=ON", f"PPO_KERNELS_CUDA_ARCHS={architecture}-real")
+    settings = (f"-Cbuild-dir={SITE.parent}/cmake", *(f"-Ccmake.define.{d}" for d in defines))
+    command = ("env", f"CUDACXX={program('nvcc')}", *pip, *options, *settings, str(ROOT))
+    if torch.version.hip:
+        missing = ["a CUDA build of torch"]
+    return Step("build", 60, command, missing=", ".join(missing))
+
+
+def program(name: str) -> str | None:
+    """On PATH, beside the Python in use, or of the CUDA toolkit."""
+    nvcc = shutil.which("nvcc")
+    folders = [os.environ.get("PATH", ""), str(Path(sys.executable).parent)]
+    folders += [str(Path(nvcc).resolve().parent)] if nvcc else []
+    folders.append("/usr/local/cuda/bin")
+    return shutil.which(name, path=os.pathsep.join(folders))
+
+
+def sanitizer(tool: str) -> Step:
+    """Some cells of the cube under a tool of compute-sanitizer, our kernels alone."""
+    found = program("compute-sanitizer")
+    options = ("--tool", tool, "--error-exitcode", "86", "--report-api-errors", "no")
+    ours = ("--kernel-name", "kns=4ppok4cuda")  # of a mangled name
+    tests = (*PYTEST, SANITIZED, str(TESTS / "test_cube.py"))
+    # With torch's cache an access past the end of a tensor would still be one to its memory.
+    uncached = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")
+    command = (*uncached, found or tool, *options, *ours, *tests)
+    missing = "" if found else "compute-sanitizer"
+    return Step(tool, 20, command, partial=True, missing=missing, optional=True)
 
 
 # ---- one step ------------------------------------------------------------------------------------
@@ -94,11 +153,15 @@ class Outcome(NamedTuple):
 
     @property
     def good(self) -> bool:
+        if self.step.missing:
+            return self.step.optional
         return self.verdict == "ok" or (self.step.partial and self.verdict == "stopped")
 
 
 def run(step: Step, processes: int, deadline: float, log: Path) -> Outcome:
     """Run a step until `deadline` (of time.monotonic), all its output in `log`."""
+    if step.missing:
+        return Outcome(step, f"not run: no {step.missing}", 0.0, "", [])
     begin = time.monotonic()
     parts = processes if step.parallel else 1
     paths = [log.with_suffix(f".{i}") for i in range(1, parts + 1)]
@@ -116,6 +179,7 @@ def run(step: Step, processes: int, deadline: float, log: Path) -> Outcome:
     failures = [match[0].strip() for text in texts for match in FAILURE.finditer(text)]
     if failures or (verdict == "ok" and not codes <= {0, NO_TESTS}):
         verdict = "failed"
+        failures = failures or [line for line in texts[0].splitlines() if line.strip()][-5:]
     return Outcome(step, verdict, time.monotonic() - begin, _counts(texts), failures)
 
 
@@ -126,8 +190,9 @@ def _start(step: Step, part: str, log: Path) -> subprocess.Popen[bytes]:
         "OMP_NUM_THREADS": "2",
         "PYTHONUNBUFFERED": "1",
     }
-    if find_spec("ppo_kernels") is None:
-        paths = (str(ROOT), os.environ.get("PYTHONPATH"))
+    if not is_editable():
+        package = SITE if (SITE / "ppo_kernels").exists() else ROOT
+        paths = (str(package), os.environ.get("PYTHONPATH"))
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with log.open("wb") as file:
         return subprocess.Popen(
@@ -241,11 +306,13 @@ def main() -> int:
         return 2
     facts = gpu()
     name = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+    shutil.rmtree(SITE, ignore_errors=True)
     out = (asked.out or ROOT / "benchmarks/results" / name).resolve()
+    architecture = "".join(map(str, torch.cuda.get_device_capability(0)))
     # Most of a test's time is that of a compiler, on one core; each process takes some memory.
     memory = torch.cuda.get_device_properties(0).total_memory >> 30
     processes = max(1, min((os.cpu_count() or 1) - 2, 12, memory // 6))
-    return 0 if check(steps(out), out, facts, asked.minutes, processes) else 1
+    return 0 if check(steps(out, architecture), out, facts, asked.minutes, processes) else 1
 
 
 if __name__ == "__main__":

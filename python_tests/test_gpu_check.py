@@ -2,6 +2,8 @@
 
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import gpu_check
@@ -10,6 +12,7 @@ import torch
 from gpu_check import Step
 
 from ppo_kernels.bench import cli
+from ppo_kernels.testing import CASES
 
 FACTS = {"device": "a GPU", "driver": "1.2"}
 
@@ -99,6 +102,8 @@ def test_the_status_of_any_process_counts(tmp_path, status, verdict):
         "ERROR a.py - ImportError",
         "!!!!! _pytest.outcomes.Exit: the GPU is lost after a.py::b !!!!!",
         "gae [8, 8] float32 forward: ppo_kernels wrong: output 0: 3 of 64 elements differ",
+        "========= ERROR SUMMARY: 2 errors",
+        "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)",
     ],
 )
 def test_a_failure_that_no_status_tells(tmp_path, line):
@@ -106,11 +111,45 @@ def test_a_failure_that_no_status_tells(tmp_path, line):
     assert (outcome.verdict, outcome.failures) == ("failed", [line])
 
 
+def test_a_sum_of_no_errors_is_none(tmp_path):
+    assert (
+        run(python("step", "print('========= ERROR SUMMARY: 0 errors')"), tmp_path).verdict == "ok"
+    )
+
+
+def test_of_a_failure_without_a_name_the_last_lines_are_shown(tmp_path):
+    outcome = run(python("step", "print('compiling\\n\\nout of memory'); exit(1)"), tmp_path)
+    assert outcome.failures == ["compiling", "out of memory"]
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_step_that_lacks_something_is_not_run(tmp_path, optional):
+    step = python("step", "print('FAILED')", missing="nvcc, pybind11", optional=optional)
+    steps = [step, python("next", "print('1 passed')")]
+    assert gpu_check.check(steps, tmp_path, FACTS, minutes=1, processes=1) == optional
+    report = (tmp_path / "gpu_check.md").read_text()
+    assert "| step | not run: no nvcc, pybind11 | 0 |" in report
+    assert "| next | ok |" in report
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_what_was_built_is_tested_or_else_the_sources(tmp_path, monkeypatch, built):
+    monkeypatch.setattr(gpu_check, "is_editable", lambda: False)
+    monkeypatch.setattr(gpu_check, "SITE", tmp_path / "site")
+    if built:
+        (tmp_path / "site/ppo_kernels").mkdir(parents=True)
+    outcome = run(python("step", "import os; print(os.environ['PYTHONPATH'])"), tmp_path)
+    path = (tmp_path / "step.log").read_text().strip().split(":")[0]
+    assert outcome.verdict == "ok"
+    assert path == str(tmp_path / "site" if built else gpu_check.ROOT)
+
+
 # ---- the real steps ------------------------------------------------------------------------------
 
 
-def test_the_steps_fit_into_the_time_and_are_understood(tmp_path):
-    steps = gpu_check.steps(tmp_path)
+def test_the_steps_fit_into_the_time_and_are_understood(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "is_editable", lambda: False)
+    steps = gpu_check.steps(tmp_path, "90")
     assert sum(step.seconds for step in steps) <= 60 * gpu_check.MINUTES - gpu_check.SPARE
     assert len({step.name for step in steps}) == len(steps)
     benchmarks = [step for step in steps if "bench" in step.command]
@@ -119,7 +158,49 @@ def test_the_steps_fit_into_the_time_and_are_understood(tmp_path):
         assert asked.device == "cuda"
     known = {name for b in cli.cases.BENCHMARKS.values() for name in b.baselines}
     named = f"{gpu_check.WITHOUT_INDUCTOR},{gpu_check.WITH_INDUCTOR}".split(",")
-    assert known - set(named) <= {"trl", "verl", "liger", "linear_cross_entropy chunked"}
+    assert known - set(named) <= {"linear_cross_entropy chunked"}
+    assert {"build", "memcheck", "racecheck", "synccheck"} <= {step.name for step in steps}
+    for step in steps:
+        files = [word for word in step.command if word.endswith(".py")]
+        assert all(Path(file).exists() for file in files)
+
+
+def test_the_build_takes_what_is_there(monkeypatch):
+    monkeypatch.setattr(gpu_check, "program", lambda name: f"/tools/{name}")
+    step = gpu_check.package("90")
+    assert step.missing == ""
+    assert {"--no-index", "--no-deps", "--no-build-isolation"} <= set(step.command)
+    assert "CUDACXX=/tools/nvcc" in step.command
+    assert "-Ccmake.define.PPO_KERNELS_CUDA_ARCHS=90-real" in step.command
+
+
+def test_the_build_names_what_is_missing(monkeypatch):
+    monkeypatch.setattr(gpu_check, "program", lambda name: None if name == "nvcc" else name)
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: name if name == "pip" else None)
+    assert gpu_check.package("90").missing == "nvcc, pybind11, scikit_build_core"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert gpu_check.package("90").missing == "a CUDA build of torch"
+
+
+def test_the_sanitizers_see_our_kernels_and_some_cells(monkeypatch):
+    monkeypatch.setattr(gpu_check, "program", lambda name: None)
+    step = gpu_check.sanitizer("memcheck")
+    assert (step.missing, step.optional) == ("compute-sanitizer", True)
+    monkeypatch.setattr(gpu_check, "program", lambda name: f"/tools/{name}")
+    assert gpu_check.sanitizer("memcheck").missing == ""
+    for word in ("prime", "several", "packed"):
+        assert word in gpu_check.SANITIZED
+        assert any(word in case.id for case in CASES)
+
+
+def test_an_editable_install_is_the_source_tree(monkeypatch):
+    spec = SimpleNamespace(origin=str(gpu_check.ROOT / "ppo_kernels/__init__.py"))
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: spec)
+    assert gpu_check.is_editable()
+    spec.origin = "/usr/lib/python3/site-packages/ppo_kernels/__init__.py"
+    assert not gpu_check.is_editable()
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
+    assert not gpu_check.is_editable()
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

@@ -6,15 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import readme
 import torch
 
 import ppo_kernels as pk
-from ppo_kernels import cpu, info
+from ppo_kernels import cpu, cuda, info
 from ppo_kernels._op import OPS, _chosen
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +68,100 @@ def test_pip_install_in_isolation_without_cmake_or_ninja(tmp_path):
     where, reason = json.loads(run.stdout)
     assert Path(where).is_relative_to(fresh)
     assert reason is None
+
+
+def test_the_sdist_holds_all_sources(tmp_path):
+    pytest.importorskip("scikit_build_core")
+    code = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True)
+    (archive,) = tmp_path.iterdir()
+    with tarfile.open(archive) as tar:
+        held = {name.partition("/")[2] for name in tar.getnames()}
+    kinds = ("*.py", "*.pyi", "*.typed", "*.h", "*.cuh", "*.cpp", "*.cu", "*.cmake", "*.yaml")
+    paths = [
+        path for kind in kinds for f in ("csrc", "ppo_kernels") for path in (ROOT / f).rglob(kind)
+    ]
+    assert {str(path.relative_to(ROOT)) for path in paths} <= held
+    assert {"CMakeLists.txt", "csrc/cuda/cuda.cmake", "LICENSE", "README.md"} <= held
+
+
+WHERE = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+CMAKE = shutil.which("cmake", path=WHERE)
+needs_cmake = pytest.mark.skipif(CMAKE is None, reason="no cmake on this machine")
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("PPO_KERNELS_CUDA=maybe", "PPO_KERNELS_CUDA=maybe: expected AUTO, ON or OFF"),
+        ("PPO_KERNELS_CUDA=", "PPO_KERNELS_CUDA=: expected AUTO, ON or OFF"),
+        ("PPO_KERNELS_CUDA_ARCHS=9.0", "PPO_KERNELS_CUDA_ARCHS=9.0: expected AUTO or a list of"),
+        ("PPO_KERNELS_CUDA_ARCHS=80,90", "PPO_KERNELS_CUDA_ARCHS=80,90: expected AUTO or a list"),
+        ("PPO_KERNELS_CUDA_ARCHS=sm_80", "PPO_KERNELS_CUDA_ARCHS=sm_80: expected AUTO or a list"),
+        ("PPO_KERNELS_CUDA_ARCHS=", "PPO_KERNELS_CUDA_ARCHS=: expected AUTO or a list of"),
+        ("PPO_KERNELS_CUDA_ARCHS=75-real;90a;120-virtual", None),
+    ],
+)
+def test_options_of_the_cuda_build_are_checked(option, message):
+    off = [] if "CUDA=" in option else ["-DPPO_KERNELS_CUDA=OFF"]
+    run = subprocess.run(
+        [CMAKE, f"-D{option}", *off, "-P", ROOT / "csrc/cuda/cuda.cmake"],
+        capture_output=True,
+        text=True,
+    )
+    if message is None:
+        assert run.returncode == 0, run.stderr
+    else:
+        assert run.returncode != 0
+        assert message in " ".join(run.stderr.split())
+
+
+def configure(folder, *options, **env):
+    """As pip's build does."""
+    pybind11 = pytest.importorskip("pybind11").get_cmake_dir()
+    found = [f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}"]
+    return subprocess.run(
+        [CMAKE, "-S", ROOT, "-B", folder, *found, *options],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+    )
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-DPPO_KERNELS_CUDA=ON"], "PPO_KERNELS_CUDA=ON, PPO_KERNELS_CUDA_ARCHS=AUTO, but"),
+        (["-DPPO_KERNELS_CUDA_ARCHS=90"], "PPO_KERNELS_CUDA_ARCHS=90, but"),
+        ([], None),
+    ],
+)
+def test_a_build_without_nvcc(tmp_path, options, message):
+    """An error where CUDA or its architectures were asked for; else a build that knows why."""
+    run = configure(tmp_path, *options, CUDACXX="/nowhere/nvcc")
+    reason = "was found when ppo_kernels was built"
+    if message is None:
+        assert run.returncode == 0, run.stderr
+        assert re.search(f"CUDA backend: off, no nvcc that compiles for .* {reason}", run.stdout)
+    else:
+        assert run.returncode != 0
+        errors = " ".join(run.stderr.split())
+        assert message in errors
+        assert reason in errors
+
+
+@needs_cmake
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
+def test_a_build_for_several_architectures_names_them(tmp_path):
+    plain = ["-GUnix Makefiles", "-DCMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF"]
+    run = configure(tmp_path, *plain, "-DPPO_KERNELS_CUDA_ARCHS=80-real;90-real")
+    assert run.returncode == 0, run.stderr
+    bindings = "csrc/cuda/bindings.cpp.o"
+    make = ["make", "-C", tmp_path, "-f", "CMakeFiles/_cuda.dir/build.make"]
+    subprocess.run([*make, f"CMakeFiles/_cuda.dir/{bindings}"], capture_output=True, check=True)
+    assert b"80-real, 90-real" in (tmp_path / "CMakeFiles/_cuda.dir" / bindings).read_bytes()
 
 
 def test_versions_agree():
@@ -233,6 +329,15 @@ def test_info_names_every_function_and_reason():
     broken = command("info", PPO_KERNELS_CPU_ISA="sse9").stdout
     assert re.search(r"logprobs_from_logits +cpu +off: the compiled module .*sse9", broken)
     assert command("info", "--tabel").returncode == 2
+
+
+def test_info_tells_how_the_cuda_module_was_built_or_why_not(monkeypatch):
+    module = SimpleNamespace(compiler="nvcc 13.0", architectures="80-real;90")
+    monkeypatch.setattr(cuda, "_cuda", module)
+    monkeypatch.setattr(cuda, "UNAVAILABLE", None)
+    assert "\nCUDA module: nvcc 13.0, for the architectures 80-real;90\n" in info.report()
+    monkeypatch.setattr(cuda, "UNAVAILABLE", "no nvcc was found")
+    assert "\nCUDA module: off - no nvcc was found\n" in info.report()
 
 
 def test_info_warns_about_two_openmp_runtimes(monkeypatch):

@@ -233,12 +233,14 @@ __global__ void __launch_bounds__(kWarp* kTerms<Loss>) merge_groups(const Call c
   if (term < kSummed<Loss>) {
     double sum = 0.;
     for (int64_t group = lane; group < c.groups.count; group += kWarp) sum += partial[group];
-    totals[term] = warp_sum(sum);
+    sum = warp_sum(sum);
+    if (lane == 0) totals[term] = sum;
   } else {
     double largest = -INFINITY;
     for (int64_t group = lane; group < c.groups.count; group += kWarp)
       largest = larger(largest, partial[group]);
-    totals[term] = warp_max(largest);
+    largest = warp_max(largest);
+    if (lane == 0) totals[term] = largest;
   }
   __syncthreads();
   if (threadIdx.x) return;

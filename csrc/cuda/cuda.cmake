@@ -2,10 +2,18 @@
 # CUDA libraries: the runtime is linked statically, and nothing of it is called at import.
 set(PPO_KERNELS_CUDA AUTO CACHE STRING "The CUDA backend: AUTO (if nvcc works), ON (or fail), OFF")
 set(PPO_KERNELS_CUDA_ARCHS AUTO CACHE STRING
-  "GPU architectures as in CMAKE_CUDA_ARCHITECTURES; AUTO: the GPUs of this machine, else 80 and its PTX")
+  "GPU architectures, as 80-real;90 (or fail); AUTO: the GPUs of this machine, else 80 and its PTX")
+
+if(NOT PPO_KERNELS_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "PPO_KERNELS_CUDA=${PPO_KERNELS_CUDA}: expected AUTO, ON or OFF")
+endif()
+if(NOT "${PPO_KERNELS_CUDA_ARCHS}" MATCHES "^(AUTO|[0-9]+[af]?(-real|-virtual)?(;[0-9]+[af]?(-real|-virtual)?)*)$")
+  message(FATAL_ERROR "PPO_KERNELS_CUDA_ARCHS=${PPO_KERNELS_CUDA_ARCHS}: expected AUTO or a list of "
+    "architectures such as 80-real;90-real;120 (-real: no PTX, -virtual: PTX alone)")
+endif()
 
 set(CUDA_OFF "")
-if(NOT PPO_KERNELS_CUDA)
+if(PPO_KERNELS_CUDA STREQUAL "OFF")
   set(CUDA_OFF "ppo_kernels was built with PPO_KERNELS_CUDA=OFF")
   return()
 elseif(PPO_KERNELS_SANITIZE)
@@ -28,14 +36,17 @@ if(PPO_KERNELS_CUDA_ARCHS STREQUAL "AUTO")
   endif()
 endif()
 
+string(REPLACE ";" ", " ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")  # in a definition ; would end it
+
 include(CheckLanguage)
 set(ENV{CUDAARCHS} "${CMAKE_CUDA_ARCHITECTURES}")  # the check is for these
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
   set(CUDA_OFF
-    "no nvcc that compiles for ${CMAKE_CUDA_ARCHITECTURES} was found when ppo_kernels was built")
-  if(NOT PPO_KERNELS_CUDA STREQUAL "AUTO")
-    message(FATAL_ERROR "PPO_KERNELS_CUDA=${PPO_KERNELS_CUDA}, but ${CUDA_OFF}; "
+    "no nvcc that compiles for ${ARCHITECTURES} was found when ppo_kernels was built")
+  if(PPO_KERNELS_CUDA STREQUAL "ON" OR NOT PPO_KERNELS_CUDA_ARCHS STREQUAL "AUTO")
+    message(FATAL_ERROR "PPO_KERNELS_CUDA=${PPO_KERNELS_CUDA}, "
+      "PPO_KERNELS_CUDA_ARCHS=${PPO_KERNELS_CUDA_ARCHS}, but ${CUDA_OFF}; "
       "put nvcc on PATH or name it in CUDACXX")
   endif()
   message(STATUS "CUDA backend: off, ${CUDA_OFF}")
@@ -69,7 +80,7 @@ target_compile_options(_cuda PRIVATE -Wall -Wextra)
 target_compile_definitions(_cuda PRIVATE
   PPOK_MODULE=_cuda
   PPOK_COMPILER="nvcc ${CMAKE_CUDA_COMPILER_VERSION}"
-  PPOK_ARCHITECTURES="${CMAKE_CUDA_ARCHITECTURES}")
+  PPOK_ARCHITECTURES="${ARCHITECTURES}")
 target_link_libraries(_cuda PRIVATE kernels_cuda CUDA::cudart_static)
 install(TARGETS _cuda DESTINATION ppo_kernels)
-message(STATUS "CUDA backend: ${CMAKE_CUDA_COMPILER} for ${CMAKE_CUDA_ARCHITECTURES}")
+message(STATUS "CUDA backend: ${CMAKE_CUDA_COMPILER} for ${ARCHITECTURES}")

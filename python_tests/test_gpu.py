@@ -1,6 +1,7 @@
-"""Every op in Triton as a GPU runs it: streams, graphs, compilers, devices, sizes, races.
+"""Every op in Triton and in CUDA C++ as a GPU runs it: streams, graphs, compilers, devices, sizes.
 
-Interpreted, what needs no GPU runs at a size for that, so that these tests are tested themselves.
+Interpreted or emulated, what needs no GPU runs at a size for that, so that these tests are tested
+themselves.
 """
 
 import pytest
@@ -8,13 +9,15 @@ import torch
 
 import ppo_kernels as pk
 from ppo_kernels import _faults
+from ppo_kernels._op import BACKENDS
 from ppo_kernels.bench.cases import BENCHMARKS
 from ppo_kernels.testing import arrange, device_of, executors, flatten
 
-if "triton" not in executors("logprobs_from_logits"):
-    pytest.skip("triton runs neither on a GPU nor interpreted", allow_module_level=True)
+OF_GPUS = [e for e in executors("whiten") if e in ("triton", "cuda", "cuda-emulated")]
+if not OF_GPUS:
+    pytest.skip("no backend for GPUs runs here in any way", allow_module_level=True)
 
-DEVICE = device_of("triton")
+DEVICE = device_of(OF_GPUS[0])
 ON_GPU = DEVICE == "cuda"
 LOGITS, ROWS, PACKED = ((64, 50257), (64, 4096), (65536,)) if ON_GPU else ((3, 70), (3, 40), (90,))
 # More tokens than 32 bits count.
@@ -35,12 +38,16 @@ def one_of_each(*keys):
     return named([BENCHMARKS[key] for key in keys])
 
 
-@pytest.fixture(autouse=True)
-def on_triton():
+@pytest.fixture(autouse=True, params=OF_GPUS)
+def backend(request):
+    """The one that calls of the test run on."""
+    op = request.node.callspec.params.get("op")
+    if op and request.param not in executors(op.function):
+        pytest.skip(f"no {request.param} kernel")
     _faults._flags.clear()
     pk.check(DEVICE)
-    with pk.use_backend("triton"):
-        yield
+    with pk.use_backend(request.param):
+        yield request.param
     pk.check()
 
 
@@ -81,11 +88,12 @@ def same(a, b):
 
 @on_a_gpu
 @named(OPS)
-def test_auto_chooses_triton(op):
+def test_auto_chooses_one_of_them(op):
     pk.reset_op_counts()
     with pk.use_backend("auto"):
         run(op, example(op))
-    assert {backend for _, backend in pk.op_counts()} == {"triton"}
+    first = next(name for name in BACKENDS if name in executors(op.function, device=DEVICE))
+    assert {backend for _, backend in pk.op_counts()} == {first} <= {"triton", "cuda"}
 
 
 @named(OPS)
@@ -239,14 +247,14 @@ def test_check_names_the_device():
     ("vtrace", ""),
     ("whiten", ""),
 )
-def test_compiles_into_one_graph(op):
+def test_compiles_into_one_graph(op, backend):
     inputs = example(op)
     expected = run(op, inputs)
     compiler = "inductor" if ON_GPU else "aot_eager"
     torch._dynamo.reset()
     pk.reset_op_counts()
     got = run(op, inputs, torch.compile(op.public, fullgraph=True, backend=compiler))
-    assert {backend for _, backend in pk.op_counts()} == {"triton"}
+    assert {name for _, name in pk.op_counts()} == {backend}
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
 
 

@@ -1,0 +1,61 @@
+"""The tests of the emulated CUDA kernels, with the kernels under a sanitizer.
+
+    python python_tests/cuda_sanitized.py address,undefined
+    python python_tests/cuda_sanitized.py thread python_tests/test_cube.py -k "gae and cuda"
+
+What follows the sanitizer goes to pytest; without it, all tests of the kernels run. For races the
+threads take turns in a shuffled order, unless a test asks for another. The first report ends the
+run.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cuda_emulator import build
+
+TESTS = Path(__file__).parent
+WHICH = "cuda and not compile"  # which tests a compiler more than a kernel
+ONE_THREAD = " and not threads"  # of torch: its own race, for all that ThreadSanitizer sees
+
+
+def everything(sanitize: str) -> list[str]:
+    """The cells of the cube, the tests of the ops, the kernels' own."""
+    files = [TESTS / "test_cube.py", *sorted(TESTS.glob("test_cuda_*.py"))]
+    files += [p for p in sorted(TESTS.glob("test_*.py")) if "from device import" in p.read_text()]
+    about_tools = ("test_cuda_emulator.py", "test_cuda_resources.py", "test_cuda_sanitized.py")
+    which = WHICH + ONE_THREAD * (sanitize == "thread")
+    return [str(path) for path in files if path.name not in about_tools] + ["-k", which]
+
+
+def run(sanitize: str, arguments: Sequence[str] = (), **more: Any) -> subprocess.CompletedProcess:
+    """Run pytest; `more` goes to subprocess.run."""
+    environment = build.environment(sanitize) | {"PPO_KERNELS_EMULATOR_SANITIZE": sanitize}
+    if sanitize == "thread":
+        environment["OMP_NUM_THREADS"] = "1"
+        environment["CUDA_EMULATOR_THREAD_ORDER"] = "shuffled"
+        environment["TSAN_OPTIONS"] += f":suppressions={build.HERE / 'thread_sanitizer.txt'}"
+    # A report goes to the process's own standard error, which --capture=fd would swallow.
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys"]
+    command = [*build.prefix(sanitize), *pytest, *(arguments or everything(sanitize))]
+    return subprocess.run(command, env=environment, **more)
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] not in build.SANITIZERS:
+        print(f"usage: cuda_sanitized.py {' | '.join(filter(None, build.SANITIZERS))} [pytest ...]")
+        return 2
+    if reason := build.unavailable():
+        print(f"cuda_sanitized.py: not run, {reason}")
+        return 0
+    import ppo_kernels  # noqa: F401  # built without a sanitizer in the compiler
+
+    return run(sys.argv[1], sys.argv[2:]).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
