@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE = 128  # rows of a product on a CPU, and what `chunk` is a multiple of
+TILE = 256  # rows of a product on a CPU, as fast as all at once; `chunk` is a multiple of it
 # Bytes of logits at a time. A GPU needs many rows to be busy; a CPU is busy with one tile, and what
 # stays in cache between two passes is read for less.
 BUDGET = {"cpu": 64 << 20, "cuda": 1 << 30}

@@ -104,8 +104,8 @@ def logprobs_from_hidden(
         vocab_size: The rows of weight that are tokens; those behind are padding and get no
             probability and a zero gradient. None: all.
         entropy: Also return the entropy.
-        chunk: Rows of logits at a time, a multiple of 128; None chooses 64 MiB of logits on a CPU,
-            1 GiB on a GPU, and at least 128 rows.
+        chunk: Rows of logits at a time, a multiple of 256; None chooses 64 MiB of logits on a CPU,
+            1 GiB on a GPU, and at least 256 rows.
         backend: See `use_backend`. The matrix products are torch's on every backend.
 
     Returns:
