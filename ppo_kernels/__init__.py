@@ -15,6 +15,7 @@ from .ops.clipped_loss import ClippedLoss, clipped_loss
 from .ops.gae import GAE, gae
 from .ops.kl import kl_penalty
 from .ops.logprob import LogProbs, logprobs_from_logits
+from .ops.logprob_hidden import logprobs_from_hidden
 from .ops.moments import masked_mean, masked_sum, whiten
 from .ops.returns import discounted_returns
 from .ops.rewards import ShapedRewards, shape_rewards
@@ -37,6 +38,7 @@ __all__ = [
     "discounted_returns",
     "gae",
     "kl_penalty",
+    "logprobs_from_hidden",
     "logprobs_from_logits",
     "masked_mean",
     "masked_sum",

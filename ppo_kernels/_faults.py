@@ -79,6 +79,14 @@ def check(device: torch.device | str | int | None = None) -> None:
             _checks.raise_device_fault(fault, each)
 
 
+def note(bad: Tensor, kind: int) -> None:
+    """Keep this fault of the first position where `bad` [N] is true, waiting for nothing."""
+    if bad.numel():
+        kept = flag(bad.device)
+        code = torch.arange(bad.numel(), device=bad.device) << _checks.FAULT_KIND_BITS | kind
+        kept.copy_(torch.minimum(kept, torch.where(bad, code, NONE).min()))
+
+
 def check_in_debug_mode(device: torch.device) -> None:
     """For the end of every call that runs a GPU kernel."""
     if debug and device in _flags and not _capturing(device):

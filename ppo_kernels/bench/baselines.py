@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import ppo_kernels
+
 from ..testing import Inputs
 
 Function = Callable[..., Any]
@@ -141,10 +143,21 @@ def _liger(device: torch.device) -> Function:
     return lambda hidden, weight, tokens: -fused(hidden, weight, tokens, reduction="none")
 
 
+def _full_logits(device: torch.device) -> Function:
+    def function(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Any:
+        logits = hidden @ weight.mT
+        return ppo_kernels.logprobs_from_logits(
+            logits, tokens, inplace_backward=logits.requires_grad
+        )
+
+    return function
+
+
 HIDDEN = {
     **torch_and_inductor(_hidden),
     "linear_cross_entropy": _linear_cross_entropy(chunked=False),
     "linear_cross_entropy chunked": _linear_cross_entropy(chunked=True),
+    "ours from all logits": Baseline(_full_logits),
     "liger": Baseline(_liger),
 }
 

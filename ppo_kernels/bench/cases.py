@@ -32,9 +32,9 @@ class Benchmark:
         grads: The arguments that receive a gradient.
         check: The shape at which results are held to float64.
         baselines: What else computes the same, by name.
-        call: What is timed, where it is more than the function itself.
         again: The arguments that any backward pass must read a second time.
-        arithmetic: Bound by arithmetic: no share of the memory bandwidth is stated.
+        products: From the arguments and whether the gradient is asked for, the matrix products by
+            whose time this is bound. No share of the memory bandwidth is stated then.
     """
 
     function: str
@@ -43,14 +43,14 @@ class Benchmark:
     grads: tuple[str, ...]
     check: Shape
     baselines: Mapping[str, Baseline] = field(hash=False)
-    call: Callable[..., Any] | None = None
     again: tuple[str, ...] = ()
-    arithmetic: bool = False
+    products: Callable[[Inputs, bool], Callable[[], object]] | None = None
 
     @property
     def public(self) -> Callable[..., Any]:
         """What is timed, on whichever backend is in use."""
-        return self.call or getattr(ppo_kernels, self.function)
+        result: Callable[..., Any] = getattr(ppo_kernels, self.function)
+        return result
 
     def case(self, backward: bool) -> testing.Case:
         """By which the tests would judge this call, at the shape of `check`."""
@@ -61,7 +61,7 @@ class Benchmark:
             lambda g: testing.arrange(self.inputs(g, self.check), torch.float64),
             forward=(),
             grads=self.grads if backward else (),
-            scale=next(like, _no_scale) if self.call is None else _no_scale,
+            scale=next(like, _no_scale),
         )
 
 
@@ -227,9 +227,18 @@ def _packed(g: torch.Generator, shape: Shape) -> Inputs:
 # ---- benchmarks ---------------------------------------------------------------------------------
 
 
-def _from_hidden(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Any:
+def _head_products(inputs: Inputs, backward: bool) -> Callable[[], object]:
+    """As large as all logits at once: the logits, and the gradients of both factors."""
+    hidden, weight = inputs["hidden"], inputs["weight"]
     logits = hidden @ weight.mT
-    return ppo_kernels.logprobs_from_logits(logits, tokens, inplace_backward=logits.requires_grad)
+
+    def products() -> None:
+        torch.mm(hidden, weight.mT, out=logits)
+        if backward:
+            logits @ weight
+            logits.mT @ hidden
+
+    return products
 
 
 def _entropy(g: torch.Generator, shape: Shape) -> Inputs:
@@ -261,14 +270,13 @@ _ALL = (
         again=("logits", "tokens"),
     ),
     Benchmark(
-        "logprobs_from_logits",
-        "hidden @ weight",
+        "logprobs_from_hidden",
+        "",
         _hidden,
         ("hidden", "weight"),
         (8, 64, 5003),
         baselines.HIDDEN,
-        call=_from_hidden,
-        arithmetic=True,
+        products=_head_products,
     ),
     Benchmark(
         "categorical_kl",
@@ -357,7 +365,7 @@ def _small() -> list[Job]:
     return [
         *_jobs("logprobs_from_logits", "", [(8, 1009)]),
         *_jobs("logprobs_from_logits", "entropy", [(8, 1009)], _HALF),
-        *_jobs("logprobs_from_logits", "hidden @ weight", [(8, 16, 1009)]),
+        *_jobs("logprobs_from_hidden", "", [(8, 16, 1009)]),
         *_jobs("categorical_kl", "", [(8, 1009)]),
         *_per_token([(1, 8), (8, 256)]),
         *_jobs("gae", "packed", [(4096,)]),
@@ -373,7 +381,8 @@ def _default() -> list[Job]:
         *_jobs("logprobs_from_logits", "", logits[1:2], (torch.float16,)),
         *_jobs("logprobs_from_logits", "", [(256, v) for v in (8192, 32000, 128256)]),
         *_jobs("logprobs_from_logits", "entropy", logits[2:], (*_FP32, *_HALF)),
-        *_jobs("logprobs_from_logits", "hidden @ weight", [(512, 768, 50257)]),
+        *_jobs("logprobs_from_hidden", "", [(512, 768, 50257), (2048, 768, 50257)]),
+        *_jobs("logprobs_from_hidden", "", [(2048, 768, 50257)], _HALF),
         *_jobs("categorical_kl", "", [(8, 8)]),
         *_jobs("categorical_kl", "", logits[1:2], (*_FP32, *_HALF)),
         *_per_token([(1, 8), (64, 1024), (64, 16384)]),
@@ -389,7 +398,7 @@ def _large() -> list[Job]:
         *_jobs("logprobs_from_logits", "", [(4096, 152064)], _HALF),
         *_jobs("logprobs_from_logits", "entropy", [(4096, 152064)], _HALF),
         *_jobs("logprobs_from_logits", "", [(1, 262144), (4, 262144)]),
-        *_jobs("logprobs_from_logits", "hidden @ weight", [(2048, 2048, 50257)]),
+        *_jobs("logprobs_from_hidden", "", [(2048, 2048, 50257)]),
         *_jobs("categorical_kl", "", [(2048, 152064)], _HALF),
         *_per_token([(1024, 16384)]),
         *_jobs("gae", "", [(16, 1048576), (1, 16777216)]),
@@ -409,7 +418,7 @@ def _gpu() -> list[Job]:
         *_jobs("gae", "packed", [(67108864,), (1048576,)]),
         *_jobs("categorical_kl", "", [(4096, 151936)], _HALF),
         *_jobs("logprobs_from_logits", "", [(8192, 50257), (8, 151936)]),
-        *_jobs("logprobs_from_logits", "hidden @ weight", [(4096, 4096, 151936)], _HALF),
+        *_jobs("logprobs_from_hidden", "", [(4096, 4096, 151936)], _HALF),
         *_per_token([(1, 8), (64, 16384)]),
         *_jobs("logprobs_from_logits", "", [(8, 8)]),
         *_jobs("categorical_kl", "", [(8, 8)]),

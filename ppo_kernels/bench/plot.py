@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import atomic_file
-from .results import FLOOR, OURS, Row
+from .results import FLOOR, OURS, PRODUCTS, Row
 
 FIRST = (OURS, "eager", "compile", "chunked", "chunked compile", "loop")
 Series = dict[str, list[tuple[float, float]]]
@@ -67,7 +67,7 @@ def _lines(axes: Any, series: Series) -> None:
         style: dict[str, Any] = {"linewidth": 1.2}
         if name == OURS:
             style = {"linewidth": 2.2, "zorder": 3}
-        elif name == FLOOR:
+        elif name in (FLOOR, PRODUCTS):
             style = {"linewidth": 1.2, "linestyle": "--", "color": "gray"}
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
     axes.set(xscale="log", yscale="log")

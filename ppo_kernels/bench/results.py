@@ -14,7 +14,9 @@ from .. import info
 from .._files import atomic_file
 
 OURS = "ppo_kernels"
+# What no version can do without: memory traffic, or for what is bound by arithmetic its products.
 FLOOR = "read + copy"
+PRODUCTS = "matrix products"
 
 
 @dataclass

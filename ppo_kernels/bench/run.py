@@ -24,7 +24,7 @@ from ..testing import Inputs
 from . import cases, memory
 from .baselines import UnavailableError
 from .cases import Job
-from .results import FLOOR, OURS, Row
+from .results import FLOOR, OURS, PRODUCTS, Row
 from .timing import (
     FLUSHED_FROM,
     Bandwidth,
@@ -180,7 +180,7 @@ class Runner:
         floor = self._time(job, inputs, calls, factors, rows)
         if not floor:
             return list(rows.values())
-        return [*rows.values(), blank(FLOOR, **floor)]
+        return [*rows.values(), blank(PRODUCTS if job.benchmark.products else FLOOR, **floor)]
 
     def _wanted(self, name: str) -> bool:
         return self.settings.baselines is None or name in self.settings.baselines
@@ -229,9 +229,14 @@ class Runner:
         del outputs
         contestants = {str(i): Contestant(calls[c], c.context) for i, c in enumerate(calls)}
         large = read >= FLUSHED_FROM
-        limited = large and not job.benchmark.arithmetic
-        if limited:
+        products = job.benchmark.products
+        limited = large and not products
+        floor: Callable[[], object] | None = None
+        if products:
+            floor = products(inputs, job.backward)
+        elif large:
             floor = self.bandwidth.floor(read, written)
+        if floor:
             floor()
             contestants[FLOOR] = Contestant(floor, contextlib.nullcontext)
         flush = self.bandwidth.flush if large else None
@@ -265,7 +270,7 @@ class Runner:
                     row.peak_mib = self._peak(c, calls[c]) / 2**20
                 except (RuntimeError, OSError) as error:
                     row.note = f"no peak memory: {_first_line(error)}"
-        return timed(times[FLOOR]) if limited else {}
+        return timed(times[FLOOR]) if floor else {}
 
     def _peak(self, c: Contender, call: Call) -> int:
         if self.settings.device.type == "cuda":

@@ -19,6 +19,8 @@ HEADLINES: tuple[tuple[str, str, str, str, str], ...] = (
     ("logprobs_from_logits", "entropy", "2048x50257", "float32", "forward"),
     ("logprobs_from_logits", "", "2048x50257", "float32", "forward+backward"),
     ("logprobs_from_logits", "", "2048x50257", "bfloat16", "forward+backward"),
+    ("logprobs_from_hidden", "", "2048x768x50257", "float32", "forward"),
+    ("logprobs_from_hidden", "", "2048x768x50257", "float32", "forward+backward"),
     ("clipped_loss", "", "64x16384", "float32", "forward+backward"),
     ("value_loss", "", "64x16384", "float32", "forward+backward"),
     ("gae", "", "64x8192", "float32", "forward"),

@@ -111,18 +111,13 @@ def logprobs_from_logits(
         TypeError, ValueError: Naming the argument, what was given and what was expected; on CPU
             that includes labels out of range at live positions.
     """
-    _check(logits, tokens, mask, softcap, logit_scale, ignore_index)
-    if isinstance(temperature, Tensor):
-        temperatures: Tensor | None = _temperatures(temperature, tokens)
-        scalar = 1.0
-    else:
-        _checks.number("temperature", temperature, low=0, open_low=True)
-        temperatures, scalar = None, float(temperature)
-
+    _check(logits, tokens)
+    check_transform(tokens, mask, softcap, logit_scale, ignore_index)
+    temperatures, scalar = split_temperature(temperature, tokens)
     served_by = _FORWARD.resolve(logits.device, backend)
     if served_by == "torch":
         count("logprobs_from_logits", "torch")
-        result = _reference(
+        result = reference(
             logits, tokens, mask, scalar if temperatures is None else temperatures,
             softcap, logit_scale, ignore_index, entropy,
         )  # fmt: skip
@@ -134,20 +129,22 @@ def logprobs_from_logits(
     return LogProbs(result[0], result[1]) if entropy else result[0]
 
 
-def _check(
-    logits: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-) -> None:
+def _check(logits: Tensor, tokens: Tensor) -> None:
     _checks.tensor("logits", logits, _checks.FLOATS)
     _checks.tensor("tokens", tokens, _checks.INDICES)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape [..., V] with V > 0, got {list(logits.shape)}")
     _checks.shape("tokens", tokens, logits.shape[:-1], "logits without the vocabulary")
     _checks.device("tokens", tokens, logits, "as logits")
+
+
+def check_transform(
+    tokens: Tensor,
+    mask: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+) -> None:
     _checks.mask(mask, tokens, "tokens")
     if softcap is not None:
         _checks.number("softcap", softcap, low=0, open_low=True)
@@ -156,12 +153,16 @@ def _check(
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
 
 
-def _temperatures(temperature: Tensor, tokens: Tensor) -> Tensor:
+def split_temperature(temperature: float | Tensor, tokens: Tensor) -> tuple[Tensor | None, float]:
+    """One per token, or one for all."""
+    if not isinstance(temperature, Tensor):
+        _checks.number("temperature", temperature, low=0, open_low=True)
+        return None, float(temperature)
     _checks.tensor("temperature", temperature, _checks.FLOATS)
     _checks.device("temperature", temperature, tokens, "as tokens")
     _checks.constant("temperature", temperature)
     try:
-        return temperature.expand(tokens.shape)
+        return temperature.expand(tokens.shape), 1.0
     except RuntimeError:
         raise ValueError(
             f"temperature: expected a number or a shape that broadcasts to {list(tokens.shape)} "
@@ -169,7 +170,7 @@ def _temperatures(temperature: Tensor, tokens: Tensor) -> Tensor:
         ) from None
 
 
-def _reference(
+def reference(
     logits: Tensor,
     tokens: Tensor,
     mask: Tensor | None,

@@ -1,10 +1,11 @@
 """The cases, one module per op family."""
 
 from ..case import Case
-from . import categorical_kl, kl, logprob, losses, moments, scan
+from . import categorical_kl, kl, logprob, logprob_hidden, losses, moments, scan
 
 CASES: list[Case] = [
     *logprob.cases(),
+    *logprob_hidden.cases(),
     *categorical_kl.cases(),
     *losses.cases(),
     *scan.cases(),
