@@ -25,9 +25,12 @@ demo: .venv/installed
 bench: .venv/installed
 	$(BIN)/ppo-kernels bench --threads 1,$$(nproc) $(ARGS)
 
+# A process for each core; OpenMP threads that wait leave theirs to the others.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: .venv/installed
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k triton
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) -k triton
 
 verify-all: .venv/installed
 	$(BIN)/python python_tests/compile_ladder.py

@@ -208,7 +208,8 @@ __device__ inline Moments moments_of(const BlockTokens<double>& tokens) {
 }
 
 // One block per group.
-__global__ void __launch_bounds__(kThreads, kResident) find_moments(const Masked m, Moments* groups) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    find_moments(const Masked m, Moments* groups) {
   const int64_t begin = blockIdx.x * m.groups.tokens;
   const int64_t end = min(begin + m.groups.tokens, m.tokens.count);
   Moments total{};

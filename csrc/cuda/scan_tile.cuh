@@ -277,8 +277,12 @@ __device__ void scan_tile(const typename Op::Args& a, const Plan& plan,
 
 // A tile of a stage waits only for tiles that were drawn before it, so blocks may run in any order
 // and number.
+// Of a multiprocessor; as many as share its memory under two chains. Left to itself, the compiler
+// spills registers to make room for more.
+constexpr int kResident = 4;
+
 template <class Op>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     scan(const typename Op::Args a, const Plan plan, const Tree<Op::kChains> tree, int64_t* fault) {
   PPOK_SHARED(unsigned, drawn, 1);
   if (threadIdx.x == 0) drawn[0] = atomicAdd(&plan.progress->ticket, 1u);

@@ -278,7 +278,7 @@ _FORWARD = Op(
     autograd=_autograd,
     cpu=cpu(native.hidden_logprob_forward),
     cuda=cuda(native.hidden_logprob_forward),
-    triton=triton("logprob_hidden", "hidden_logprob_forward"),
+    triton=triton("hidden", "hidden_logprob_forward"),
 )
 _BACKWARD = Op(
     "hidden_logprob_backward",
@@ -289,5 +289,5 @@ _BACKWARD = Op(
     fake=_fake_backward,
     cpu=cpu(native.hidden_logprob_backward),
     cuda=cuda(native.hidden_logprob_backward),
-    triton=triton("logprob_hidden", "hidden_logprob_backward"),
+    triton=triton("hidden", "hidden_logprob_backward"),
 )
