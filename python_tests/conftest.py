@@ -41,6 +41,14 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item, chosen in zip(items, mine, strict=True) if chosen]
 
 
+@pytest.fixture(autouse=True)
+def forget_compiled(request):
+    """Dynamo's limit of recompilations counts all cases of a test: its function has one code."""
+    yield
+    if "compile" in request.node.name:
+        torch._dynamo.reset()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item):
     """A kernel that crashed takes the process's GPU with it: say which test it was, and stop."""

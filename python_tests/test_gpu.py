@@ -20,10 +20,13 @@ if not OF_GPUS:
 DEVICE = device_of(OF_GPUS[0])
 ON_GPU = DEVICE == "cuda"
 LOGITS, ROWS, PACKED = ((64, 50257), (64, 4096), (65536,)) if ON_GPU else ((3, 70), (3, 40), (90,))
+HIDDEN = (300, 256, 50257) if ON_GPU else (3, 8, 70)
 # More tokens than 32 bits count.
 MANY, LENGTH = (2**15 + 1, 2**16) if ON_GPU else (3, 40)
 
-OPS = [benchmark for benchmark in BENCHMARKS.values() if benchmark.call is None]
+OPS = list(BENCHMARKS.values())
+# logprobs_from_hidden waits for the number of live rows, and has a product that autocast narrows.
+OF_KERNELS_ALONE = [op for op in OPS if op.products is None]
 OF_LOGITS = ("logprobs_from_logits", "categorical_kl")
 on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="torch sees no GPU")
 
@@ -54,6 +57,7 @@ def backend(request):
 def example(op, seed=0, shape=None, dtype=torch.float32):
     if shape is None:
         shape = LOGITS if op.function in OF_LOGITS else PACKED if op.variant == "packed" else ROWS
+        shape = HIDDEN if op.products else shape
     return arrange(
         op.inputs(torch.Generator(DEVICE).manual_seed(seed), shape), dtype, device=DEVICE
     )
@@ -68,6 +72,8 @@ def run(op, inputs, function=None):
     leaves = inputs | {name: inputs[name].detach().requires_grad_() for name in op.grads}
     outputs = flatten((function or op.public)(**leaves))
     live = [t for t in outputs if t.requires_grad]
+    if not live:
+        return outputs
     upstream = [ramp(t, 0.5 + i) for i, t in enumerate(live)]
     grads = torch.autograd.grad(live, [leaves[name] for name in op.grads], upstream)
     return [*(t.detach() for t in outputs), *grads]
@@ -204,7 +210,7 @@ def test_faults_of_a_replayed_graph_reach_check():
 
 
 @on_a_gpu
-@named(OPS)
+@named(OF_KERNELS_ALONE)
 def test_a_call_waits_for_nothing(op):
     inputs = example(op)
     run(op, inputs)
@@ -258,7 +264,7 @@ def test_compiles_into_one_graph(op, backend):
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
 
 
-@named(OPS)
+@named(OF_KERNELS_ALONE)
 def test_autocast_changes_nothing(op):
     inputs = example(op)
     expected = run(op, inputs)

@@ -471,7 +471,6 @@ def test_compiles_without_a_graph_break(backend, dynamic):
         )
         return kl.sum() + out.rewards.square().sum() + packed.rewards.square().sum()
 
-    torch._dynamo.reset()  # its limit of recompilations counts all cases of this function
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for rows in (3, 5):
         a, b, mask = example(rows, 6, seed=rows)

@@ -219,7 +219,6 @@ def test_compiles_without_a_graph_break(backend, dynamic):
         )
         return out.logprobs.sum() + out.entropy.square().sum()
 
-    torch._dynamo.reset()  # its limit of recompilations counts all cases of this function
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for rows in (3, 5):
         hidden, weight, tokens = example(rows)

@@ -439,7 +439,6 @@ def test_compiles_without_a_graph_break(backend, dynamic):
         mean = pk.masked_mean(x, m, 1, backend=backend)
         return pk.masked_sum(y * y.detach(), m, backend=backend) + mean.square().sum()
 
-    torch._dynamo.reset()  # its limit of recompilations counts all cases of this function
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for rows in (3, 5):
         x, mask = example(rows, 60, seed=rows)
