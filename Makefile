@@ -26,7 +26,8 @@ bench: .venv/installed
 	$(BIN)/ppo-kernels bench --threads 1,$$(nproc) $(ARGS)
 
 # A process for each core; OpenMP threads that wait leave theirs to the others.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+PROCESSES := -n auto --maxprocesses 8 --dist worksteal
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PROCESSES)
 
 test: .venv/installed
 	$(PYTEST)
@@ -50,9 +51,9 @@ test-sanitize: .venv/installed
 		> "$$(build/sanitize/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
 	$(PIP) --python build/sanitize/bin/python install -q --no-deps --no-build-isolation --force-reinstall . \
 		-C cmake.define.PPO_KERNELS_SANITIZE=ON -C cmake.build-type=RelWithDebInfo -C build-dir=build/sanitize/cmake
-	cd build/sanitize && PPO_KERNELS_SANITIZED=1 ASAN_OPTIONS=detect_leaks=0 \
+	cd build/sanitize && PPO_KERNELS_SANITIZED=1 ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		bin/python -m pytest -p no:cacheprovider $(addprefix ../../,$(OP_TESTS))
+		bin/python -m pytest $(PROCESSES) -p no:cacheprovider $(addprefix ../../,$(OP_TESTS))
 	$(BIN)/python python_tests/cuda_sanitized.py address,undefined
 
 FLOOR_PYTHON ?= python3.10
