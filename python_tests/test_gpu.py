@@ -210,6 +210,19 @@ def test_faults_of_a_replayed_graph_reach_check():
 
 
 @on_a_gpu
+def test_backward_does_not_report_a_fault_again():
+    hidden = torch.randn(8, 16, device=DEVICE, requires_grad=True)
+    tokens = torch.full((8,), 3, device=DEVICE)
+    tokens[5] = 100
+    logprobs = pk.logprobs_from_hidden(hidden, torch.randn(100, 16, device=DEVICE), tokens)
+    with pytest.raises(ValueError, match=r"tokens: .* flat position 5 in a call on cuda"):
+        pk.check()
+    logprobs.sum().backward()
+    pk.check()
+    assert hidden.grad.isnan().any(1).nonzero().flatten().tolist() == [5]
+
+
+@on_a_gpu
 @named(OF_KERNELS_ALONE)
 def test_a_call_waits_for_nothing(op):
     inputs = example(op)

@@ -59,7 +59,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = tokens.shape
     tokens, temperatures, live = _flat(tokens, temperatures, mask, ignore_index)
-    tokens, temperatures, wrong = _without_faults(tokens, temperatures, live, vocab)
+    tokens, temperatures, wrong = _without_faults(tokens, temperatures, live, vocab, report=True)
     head = Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, live, vocab, chunk)
     tokens_of, temperatures_of = head.select(tokens), head.select(temperatures)
     assert tokens_of is not None
@@ -111,7 +111,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias; one that is not needed is empty."""
     tokens, temperatures, live = _flat(tokens, temperatures, mask, ignore_index)
-    tokens, temperatures, _ = _without_faults(tokens, temperatures, live, vocab)
+    tokens, temperatures, _ = _without_faults(tokens, temperatures, live, vocab, report=False)
     flat = hidden.reshape(-1, hidden.shape[-1])
     head = Head(flat, weight, bias, live, vocab, chunk)
     given = [
@@ -161,12 +161,15 @@ def _flat(
 
 
 def _without_faults(
-    tokens: Tensor, temperatures: Tensor | None, live: Tensor, vocab: int
+    tokens: Tensor, temperatures: Tensor | None, live: Tensor, vocab: int, *, report: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Labels and temperatures the kernels will not complain about: they know no flat positions.
 
     On a CPU faults are raised here. On a GPU they are noted; the third result says where they are.
+    Once is enough: backward does not report what forward did.
     """
+    if not (report or tokens.is_cuda):
+        return tokens, temperatures, None
     bad_token = live & ((tokens < 0) | (tokens >= vocab))
     faults = [(_checks.BAD_TOKEN, bad_token)]
     if temperatures is not None:
@@ -177,7 +180,7 @@ def _without_faults(
             if bad.any():
                 _checks.raise_row_fault((kind, int(bad.nonzero()[0])), vocab, tokens, temperatures)
         return tokens, temperatures, None
-    for kind, bad in faults:
+    for kind, bad in faults if report else ():
         _faults.note(bad, kind)
     tokens = torch.where(bad_token, 0, tokens)
     if temperatures is not None:
