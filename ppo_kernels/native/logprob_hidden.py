@@ -5,7 +5,7 @@ What differs between backends is the pair of functions that work on rows of logi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _faults
-from .._head import Head
+from .._head import Head, Part
 from . import Native, logprob
 
 
@@ -26,14 +26,14 @@ class Rows(NamedTuple):
 
 
 def hidden_logprob_forward(native: Native, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return forward(_rows(native), *args)
+    return forward(rows_of(native), *args)
 
 
 def hidden_logprob_backward(native: Native, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(_rows(native), *args)
+    return backward(rows_of(native), *args)
 
 
-def _rows(native: Native) -> Rows:
+def rows_of(native: Native) -> Rows:
     return Rows(
         partial(logprob.logprob_forward, native),
         partial(logprob.logprob_backward_, native),
@@ -41,52 +41,110 @@ def _rows(native: Native) -> Rows:
     )
 
 
-def forward(
-    rows: Rows,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tokens: Tensor,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float,
-    logit_scale: float,
-    ignore_index: int,
-    vocab: int,
-    chunk: int | None,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = tokens.shape
-    tokens, temperatures, live = _flat(tokens, temperatures, mask, ignore_index)
-    tokens, temperatures, wrong = _without_faults(tokens, temperatures, live, vocab, report=True)
-    head = Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, live, vocab, chunk)
-    tokens_of, temperatures_of = head.select(tokens), head.select(temperatures)
-    assert tokens_of is not None
-    logprobs = hidden.new_empty(head.rows, dtype=head.dtype)
-    entropies = hidden.new_empty(head.rows if entropy else 0, dtype=head.dtype)
-    state = hidden.new_empty((head.rows, 3), dtype=head.dtype)
-    memory = head.memory(rows.empty_large)
-    for part in head.parts():
-        at = part.rows
-        logprobs[at], of_part, state[at] = rows.forward(
-            head.logits(part, memory), tokens_of[at], _at(head.live, at), _at(temperatures_of, at),
-            temperature, softcap, logit_scale, ignore_index, entropy, False,
-        )  # fmt: skip
-        if entropy:
-            entropies[at] = of_part
-    results = [head.spread(t, tokens.shape[0]) for t in (logprobs, state)]
-    if entropy:
-        entropies = head.spread(entropies, tokens.shape[0])
-    if wrong is not None:
-        for t in (*results, entropies):
-            if t.numel():
-                t[wrong] = torch.nan
-    return (
-        results[0].view(shape),
-        entropies.view(shape) if entropy else entropies,
-        results[1].view(*shape, 3),
-    )
+class Scored(NamedTuple):
+    """Some of the selected rows, while their logits exist; these may be overwritten."""
+
+    part: Part
+    logits: Tensor
+    labels: tuple[Any, ...]  # tokens, mask and temperatures
+    logprobs: Tensor
+    state: Tensor
+
+
+class Scoring:
+    """Log-probabilities, and on request entropies, of hidden states: part by part, then of all."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        mask: Tensor | None,
+        temperatures: Tensor | None,
+        temperature: float,
+        softcap: float,
+        logit_scale: float,
+        ignore_index: int,
+        vocab: int,
+        chunk: int | None,
+        entropy: bool,
+    ) -> None:
+        self.rows, self.shape, self.entropy = rows, tokens.shape, entropy
+        self.settings = (temperature, softcap, logit_scale, ignore_index)
+        tokens, temperatures, live = _flat(tokens, temperatures, mask, ignore_index)
+        tokens, temperatures, wrong = _without_faults(
+            tokens, temperatures, live, vocab, report=True
+        )
+        self.head = Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, live, vocab, chunk)
+        self.labels = (self.head.select(tokens), self.head.live, self.head.select(temperatures))
+        self.wrong = self.head.select(wrong)
+        count, dtype = self.head.rows, self.head.dtype
+        self.logprobs = hidden.new_empty(count, dtype=dtype)
+        self.entropies = hidden.new_empty(count if entropy else 0, dtype=dtype)
+        self.state = hidden.new_empty((count, 3), dtype=dtype)
+
+    def parts(self) -> Iterator[Scored]:
+        memory = self.head.memory(self.rows.empty_large)
+        for part in self.head.parts():
+            at = part.rows
+            logits = self.head.logits(part, memory)
+            labels = tuple(_at(t, at) for t in self.labels)
+            logprobs, entropies, state = self.rows.forward(
+                logits, *labels, *self.settings, self.entropy, False
+            )
+            if self.wrong is not None:
+                for t in (logprobs, state, *([entropies] if self.entropy else [])):
+                    t[self.wrong[at]] = torch.nan
+            self.logprobs[at], self.state[at] = logprobs, state
+            if self.entropy:
+                self.entropies[at] = entropies
+            yield Scored(part, logits, labels, logprobs, state)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all rows, 0 where they were not selected: log-probabilities, entropies and states."""
+        size = self.shape.numel()
+        logprobs, state = (self.head.spread(t, size) for t in (self.logprobs, self.state))
+        entropies = self.entropies
+        if self.entropy:
+            entropies = self.head.spread(entropies, size).view(self.shape)
+        return logprobs.view(self.shape), entropies, state.view(*self.shape, 3)
+
+
+class Gradients:
+    """Of hidden states, weight and bias, from those of the logits; what is not needed is empty."""
+
+    def __init__(
+        self, head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+    ) -> None:
+        self.head, self.needs, self.shape = head, needs, hidden.shape
+        self.dtypes = (weight.dtype, head.dtype if bias is None else bias.dtype)
+        self.hidden = hidden.new_empty((head.rows if needs[0] else 0, hidden.shape[-1]))
+        self.weight = weight.new_zeros(weight.shape if needs[1] else (0,), dtype=head.dtype)
+        self.bias = weight.new_zeros(weight.shape[:1] if needs[2] else (0,), dtype=head.dtype)
+
+    def add(self, part: Part, logits: Tensor) -> None:
+        vocab = logits.shape[1]
+        if self.needs[0]:
+            self.hidden[part.rows] = self.head.grad_hidden(logits)
+        if self.needs[1]:
+            self.head.add_grad_weight(logits, part, self.weight[:vocab])
+        if self.needs[2]:
+            self.bias[:vocab] += logits.sum(0)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = self.hidden
+        if self.needs[0]:
+            hidden = self.head.spread(hidden, self.shape[:-1].numel()).view(self.shape)
+        return hidden, self.weight.to(self.dtypes[0]), self.bias.to(self.dtypes[1])
+
+
+def forward(rows: Rows, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    scoring = Scoring(rows, *args)
+    for _ in scoring.parts():
+        pass
+    return scoring.results()
 
 
 def backward(
@@ -118,9 +176,7 @@ def backward(
         head.select(t if t is None else t.reshape(-1, *t.shape[hidden.dim() - 1 :]))
         for t in (grad_logprobs, grad_entropy, tokens, temperatures, logprobs, state)
     ]
-    grad_hidden = torch.empty_like(flat[: head.rows if needs[0] else 0])
-    total = weight.new_zeros(weight.shape if needs[1] else (0,), dtype=head.dtype)
-    total_bias = weight.new_zeros(weight.shape[:1] if needs[2] else (0,), dtype=head.dtype)
+    gradients = Gradients(head, hidden, weight, bias, needs)
     memory = head.memory(rows.empty_large)
     for part in head.parts():
         at = part.rows
@@ -130,17 +186,8 @@ def backward(
             g, h, logits, token, _at(head.live, at), t, logprob_of, state_of,
             temperature, softcap, logit_scale, ignore_index,
         )  # fmt: skip
-        if needs[0]:
-            grad_hidden[at] = head.grad_hidden(logits)
-        if needs[1]:
-            head.add_grad_weight(logits, part, total[:vocab])
-        if needs[2]:
-            total_bias[:vocab] += logits.sum(0)
-    return (
-        head.spread(grad_hidden, flat.shape[0]).view(hidden.shape) if needs[0] else grad_hidden,
-        total.to(weight.dtype),
-        total_bias.to(total_bias.dtype if bias is None else bias.dtype),
-    )
+        gradients.add(part, logits)
+    return gradients.results()
 
 
 def _at(t: Tensor | None, rows: slice) -> Tensor | None:

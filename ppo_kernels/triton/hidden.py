@@ -10,16 +10,16 @@ from . import logprob
 
 
 def hidden_logprob_forward(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return logprob_hidden.forward(_rows(hidden), hidden, *args)
+    return logprob_hidden.forward(rows_of(hidden), hidden, *args)
 
 
 def hidden_logprob_backward(
     g: Tensor | None, h: Tensor | None, hidden: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return logprob_hidden.backward(_rows(hidden), g, h, hidden, *args)
+    return logprob_hidden.backward(rows_of(hidden), g, h, hidden, *args)
 
 
-def _rows(hidden: Tensor) -> logprob_hidden.Rows:
+def rows_of(hidden: Tensor) -> logprob_hidden.Rows:
     def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype)
 
