@@ -111,7 +111,7 @@ struct ClippedLoss {
   View logprobs, old_logprobs, advantages;
   bool advantage_per_sequence;
   int64_t variant;
-  double clip_low, clip_high, dual_clip, log_ratio_clamp;  // the last two may be inf: off
+  double low, high, dual, log_ratio_clamp;  // the last two may be inf: off
   LossFrame frame;
 };
 

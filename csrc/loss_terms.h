@@ -138,14 +138,13 @@ struct SquaredError {
 // body(loss) for the loss that the arguments ask for.
 template <class Body>
 auto with_loss(const ClippedLoss& a, Body&& body) {
-  const double low = 1. - a.clip_low, high = 1. + a.clip_high;
-  const bool bounded = a.dual_clip < INFINITY || a.log_ratio_clamp < INFINITY;
+  const bool bounded = a.dual < INFINITY || a.log_ratio_clamp < INFINITY;
   switch (a.variant) {
     default:  // kClip
       if (bounded)
         return body(
-            PolicyLoss<ClippedRatioOf<true>, true>{low, high, a.dual_clip, a.log_ratio_clamp});
-      return body(PolicyLoss<ClippedRatioOf<false>, false>{low, high, 0., 0.});
+            PolicyLoss<ClippedRatioOf<true>, true>{a.low, a.high, a.dual, a.log_ratio_clamp});
+      return body(PolicyLoss<ClippedRatioOf<false>, false>{a.low, a.high, 0., 0.});
   }
 }
 

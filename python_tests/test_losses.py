@@ -375,7 +375,7 @@ def test_cu_seqlens_may_be_int32(function, backend):
 def test_opcheck(function, backend, dtype):
     first, second, third = tokens(3, 5, dtype=dtype)
     op = getattr(torch.ops.ppo_kernels, function.__name__).default
-    settings = (0.2, 0.2, None, None, 0) if function is pk.clipped_loss else (0.2, None)
+    settings = (0.8, 1.2, None, None, 0) if function is pk.clipped_loss else (0.2, None)
     for mask, offsets, aggregation, denominator, divisor in [
         (None, None, 0, None, None),
         (some_mask(3, 5), None, 3, torch.tensor(3), None),
@@ -397,7 +397,7 @@ def test_opcheck(function, backend, dtype):
 def test_the_op_itself_refuses_to_drop_a_gradient(function, backend):
     first, second, third = tokens(3, 5)
     op = getattr(torch.ops.ppo_kernels, function.__name__)
-    settings = (0.2, 0.2, None, None, 0) if function is pk.clipped_loss else (0.2, None)
+    settings = (0.8, 1.2, None, None, 0) if function is pk.clipped_loss else (0.2, None)
     with pytest.raises(RuntimeError, match="requires grad"):
         op(first.requires_grad_(), second, third, *settings, *(None,) * 2, 0, *(None,) * 3,
            False, backend)  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +14,9 @@ from ..cuda import kernel as cuda
 from ..metrics import POLICY_STATS, PolicyMetrics
 from ..native import losses as native
 from ..triton import kernel as triton
-from . import _aggregation
+from . import _aggregation, _policy
 from ._aggregation import Batch, Frame
+from ._policy import Policy, PolicyTokens
 
 
 class ClippedLoss(NamedTuple):
@@ -111,123 +111,35 @@ def clipped_loss(
     frame = _aggregation.frame(
         "logprobs", logprobs, mask, cu_seqlens, aggregation, denominator, norm_length
     )
-    _check(logprobs, old_logprobs, advantages, cu_seqlens, variant)
-    _checks.number("clip_low", clip_low, low=0)
-    if clip_high is None:
-        clip_high = clip_low
-    else:
-        _checks.number("clip_high", clip_high, low=0)
-    if dual_clip is not None:
-        _checks.number("dual_clip", dual_clip, low=1, open_low=True)
-    if log_ratio_clamp is not None:
-        _checks.number("log_ratio_clamp", log_ratio_clamp, low=0, open_low=True)
-
+    _policy.constants("logprobs", logprobs, old_logprobs, advantages, cu_seqlens)
+    policy = _policy.policy(variant, clip_low, clip_high, dual_clip, log_ratio_clamp)
     served_by = _LOSS.resolve(logprobs.device, backend)
-    args = (
-        logprobs, old_logprobs, advantages, clip_low, clip_high, dual_clip, log_ratio_clamp,
-    )  # fmt: skip
     if served_by == "torch":
         count("clipped_loss", "torch")
-        loss, stats = _reference(*args, VARIANTS[variant], frame)
+        loss, stats = _reference(logprobs, old_logprobs, advantages, policy, frame)
     else:
-        loss, stats, _ = _LOSS(*args, VARIANTS[variant].code, *frame, served_by)
+        loss, stats, _ = _LOSS(logprobs, old_logprobs, advantages, *policy, *frame, served_by)
     return ClippedLoss(loss, PolicyMetrics(stats))
-
-
-def _check(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor | None,
-    variant: str,
-) -> None:
-    _checks.tensor("old_logprobs", old_logprobs, _checks.FLOATS)
-    _checks.shape("old_logprobs", old_logprobs, logprobs.shape, "as logprobs")
-    _checks.device("old_logprobs", old_logprobs, logprobs, "as logprobs")
-    _checks.constant("old_logprobs", old_logprobs)
-    _checks.tensor("advantages", advantages, _checks.FLOATS)
-    if advantages.shape != logprobs.shape:
-        sequences = None
-        if logprobs.dim() == 2:
-            sequences = logprobs.shape[0]
-        elif cu_seqlens is not None:
-            sequences = cu_seqlens.shape[0] - 1
-        if advantages.dim() != 1 or advantages.shape[0] != sequences:
-            per_sequence = "" if sequences is None else f" or [{sequences}] (one per sequence)"
-            raise ValueError(
-                f"advantages: expected shape {list(logprobs.shape)} (as logprobs){per_sequence}, "
-                f"got {list(advantages.shape)}"
-            )
-    _checks.device("advantages", advantages, logprobs, "as logprobs")
-    _checks.constant("advantages", advantages)
-    if variant not in VARIANTS:
-        _checks.choice("variant", variant, VARIANTS)
-
-
-class PolicyTokens(NamedTuple):
-    """What a variant makes of each token; the flags say which bound cut its gradient."""
-
-    loss: Tensor
-    above_high: Tensor
-    below_low: Tensor
-    above_dual: Tensor
-
-
-class Variant(NamedTuple):
-    """One per-token policy loss. `code` is its enum PolicyVariant in csrc/kernels.h."""
-
-    code: int
-    formula: str
-    paper: str
-    reference: Callable[..., PolicyTokens]
-
-
-def _clip(
-    ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float | None
-) -> PolicyTokens:
-    above_high = (advantages > 0) & (ratio > high)
-    below_low = (advantages < 0) & (ratio < low)
-    above_dual = torch.zeros_like(above_high)
-    if dual is not None:
-        above_dual = (advantages < 0) & (ratio > dual)
-    bounded = torch.where(above_high, high, torch.where(below_low, low, ratio))
-    if dual is not None:
-        bounded = torch.where(above_dual, dual, bounded)
-    return PolicyTokens(-advantages * bounded, above_high, below_low, above_dual)
-
-
-VARIANTS = {
-    "clip": Variant(
-        0,
-        "max(-A r, -A clip(r, 1 - low, 1 + high)); where A < 0 at most -A dual_clip",
-        "Schulman et al. 2017, arXiv:1707.06347; dual clip: Ye et al. 2020, arXiv:1912.09729",
-        _clip,
-    ),
-}
 
 
 def _reference(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    log_ratio_clamp: float | None,
-    variant: Variant,
+    policy: Policy,
     frame: Frame,
 ) -> tuple[Tensor, Tensor]:
     batch = Batch(logprobs, frame)
     dtype = _aggregation.result_dtype(logprobs, old_logprobs, advantages)
     log_ratio = batch.select(logprobs, dtype) - batch.select(old_logprobs, dtype)
     advantages = batch.select(advantages, dtype)
-    if log_ratio_clamp is not None:
-        log_ratio = torch.where(log_ratio > log_ratio_clamp, log_ratio_clamp, log_ratio)
-        log_ratio = torch.where(log_ratio < -log_ratio_clamp, -log_ratio_clamp, log_ratio)
-    bounds = (1 - clip_low, 1 + clip_high, dual_clip)
+    if policy.log_ratio_clamp is not None:
+        limit = policy.log_ratio_clamp
+        log_ratio = torch.where(log_ratio > limit, limit, log_ratio)
+        log_ratio = torch.where(log_ratio < -limit, -limit, log_ratio)
     with torch.no_grad():
         ratio = log_ratio.exp()
-        tokens = variant.reference(ratio, advantages, *bounds)
+        tokens = policy.variant.reference(ratio, advantages, policy)
         stats = _stats(batch, log_ratio, ratio, advantages, tokens)
     # Where a bound cuts the gradient exp may have overflowed; its gradient would be 0 * inf.
     cut = tokens.above_high | tokens.below_low | tokens.above_dual
@@ -271,8 +183,9 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 _LOSS = Op(
     "clipped_loss",
-    "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, float clip_low, float clip_high, "
-    "float? dual_clip, float? log_ratio_clamp, int variant, " + _aggregation.SCHEMA,
+    "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, "
+    + _policy.SCHEMA
+    + _aggregation.SCHEMA,
     function="clipped_loss",
     fake=_fake,
     autograd=lambda *args: _aggregation.autograd("clipped_loss", *args),
