@@ -17,6 +17,7 @@ from .ops.kl import kl_penalty
 from .ops.logprob import LogProbs, logprobs_from_logits
 from .ops.logprob_hidden import logprobs_from_hidden
 from .ops.moments import masked_mean, masked_sum, whiten
+from .ops.ppo_loss import PPOLoss, ppo_loss_from_hidden, ppo_loss_from_logits
 from .ops.returns import discounted_returns
 from .ops.rewards import ShapedRewards, shape_rewards
 from .ops.value_loss import ValueLoss, value_loss
@@ -27,6 +28,7 @@ __all__ = [
     "GAE",
     "ClippedLoss",
     "LogProbs",
+    "PPOLoss",
     "PolicyMetrics",
     "ShapedRewards",
     "VTrace",
@@ -43,6 +45,8 @@ __all__ = [
     "masked_mean",
     "masked_sum",
     "op_counts",
+    "ppo_loss_from_hidden",
+    "ppo_loss_from_logits",
     "reduce_metrics",
     "reset_op_counts",
     "shape_rewards",

@@ -234,11 +234,11 @@ void scale(const ScaleGradient& a) {
   const int threads = static_cast<int>(a.threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && blocks > 1)
   for (int64_t block = 0; block < blocks; ++block) {
-    alignas(64) T buffer[kTile];
+    alignas(64) T in_buffer[kTile], buffer[kTile];
     const int64_t stop = smaller(a.count, (block + 1) * kBlock);
     for (int64_t from = block * kBlock; from < stop; from += kTile) {
       const int64_t n = smaller(kTile, stop - from);
-      const T* gradient = static_cast<const T*>(a.gradient.data) + from;
+      const T* gradient = read_run(address(a.gradient, 0, from), a.gradient.dtype, 1, n, in_buffer);
       T* out = write_target(address(a.scaled, 0, from), a.scaled.dtype, 1, buffer);
       for (int64_t i = 0; i < n; ++i) out[i] = gradient[i] == 0 ? 0 : gradient[i] * by;
       write_tile(a.scaled, 0, from, n, out);

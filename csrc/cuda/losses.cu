@@ -261,6 +261,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = blockIdx.x * static_cast<int64_t>(kStep) + threadIdx.x * kTokens;
   const Place<kTokens> place(tokens, first, true);
   const T by = read_one<T>(a.upstream, 0, 0);
+  if (by == T(1) && a.scaled.data == a.gradient.data) return;
   T g[kTokens];
   read(gradient, place, (1u << place.size) - 1, g);
 #pragma unroll

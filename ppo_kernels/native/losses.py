@@ -59,11 +59,18 @@ def scale_gradient(
     native: Native, gradient: Tensor, upstream: Tensor, dtype: torch.dtype
 ) -> Tensor:
     scaled = native.empty(gradient.shape, dtype)
-    flat = gradient.contiguous().view(-1)
-    native.module.scale_gradient(
-        rows(flat), rows(upstream), flat.shape[0], rows(scaled.view(-1)), native.target()
-    )
+    _scale(native, gradient.contiguous(), upstream, scaled)
     return scaled
+
+
+def scale_gradient_(native: Native, gradient: Tensor, upstream: Tensor) -> None:
+    _scale(native, gradient, upstream, gradient)
+
+
+def _scale(native: Native, gradient: Tensor, upstream: Tensor, to: Tensor) -> None:
+    native.module.scale_gradient(
+        rows(gradient.view(-1)), rows(upstream), to.numel(), rows(to.view(-1)), native.target()
+    )
 
 
 def _or_inf(bound: float | None) -> float:

@@ -25,15 +25,16 @@ AGGREGATIONS = (
     "seq-mean-token-mean",
     "seq-sum-norm",
 )
-# The last arguments of every loss op.
-SCHEMA = (
+FRAME: str = (
     "Tensor? mask, Tensor? cu_seqlens, int aggregation, Tensor? denominator, float? divisor, "
-    "float? norm_length, bool needs_gradient) -> (Tensor, Tensor, Tensor)"
+    "float? norm_length, bool needs_gradient"
 )
+# The last arguments of every loss op of tokens, and its results.
+SCHEMA: str = FRAME + ") -> (Tensor, Tensor, Tensor)"
 
 
 class Frame(NamedTuple):
-    """The arguments of `SCHEMA`."""
+    """The arguments of `FRAME`."""
 
     mask: Tensor | None
     cu_seqlens: Tensor | None
@@ -111,8 +112,12 @@ class Batch:
     def select(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Zeros at masked positions, before any arithmetic; spreads one value per sequence."""
         if x.shape != self.live.shape:
-            x = x[:, None] if self.index is None else x[self.index]
+            x = self.spread(x)
         return torch.where(self.live, x.to(dtype), 0.0)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """One value per sequence, in a shape that broadcasts to the tokens."""
+        return x[:, None] if self.index is None else x[self.index]
 
     def sequence_sums(self, x: Tensor) -> Tensor:
         if x.dim() == 2:
@@ -124,28 +129,31 @@ class Batch:
     def live_sequences(self) -> Tensor:
         return (self.sequence_sums(self.live.long()) > 0).sum()
 
-    def aggregate(self, token_loss: Tensor, frame: Frame) -> Tensor:
+    def weights(self, frame: Frame, dtype: torch.dtype) -> Tensor:
+        """What a live token counts, in a shape that broadcasts to the tokens."""
         name = AGGREGATIONS[frame.aggregation]
-        if name == "seq-mean-token-mean":
-            lengths = self.sequence_sums(self.live.to(token_loss.dtype))
-            total = (self.sequence_sums(token_loss) / lengths.clamp(min=1)).sum()
-        else:
-            total = token_loss.sum()
         if frame.denominator is not None:
             divisor = frame.denominator.double()
         elif frame.divisor is not None:
-            divisor = torch.full((), frame.divisor, dtype=torch.float64, device=total.device)
+            divisor = self.live.new_full((), frame.divisor, dtype=torch.float64)
         elif name == "token-mean":
             divisor = self.live.sum().double()
         elif name == "token-sum":
-            return total
+            divisor = self.live.new_ones((), dtype=torch.float64)
         else:
             divisor = self.live_sequences().double()
         if frame.norm_length is not None:
             divisor = divisor * frame.norm_length
         empty = divisor == 0
-        scale = (1 / torch.where(empty, 1.0, divisor)).to(total.dtype)
-        return torch.where(empty, 0.0, total * scale)
+        weight = torch.where(empty, 0.0, 1 / torch.where(empty, 1.0, divisor))
+        if name == "seq-mean-token-mean":
+            lengths = self.sequence_sums(self.live.long())
+            weight = self.spread(weight / lengths.clamp(min=1))
+        return weight.to(dtype)
+
+    def aggregate(self, token_loss: Tensor, frame: Frame) -> Tensor:
+        weights = self.weights(frame, token_loss.dtype)
+        return torch.where(weights == 0, 0.0, token_loss * weights).sum()
 
 
 class Loss(torch.autograd.Function):
@@ -165,11 +173,20 @@ class Loss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         forbid_double_backward(ctx.public_name)
         (gradient,) = ctx.saved_tensors
-        # Reading the number is free where nothing waits for it: on the CPU, outside traced graphs.
-        readable = type(upstream) is Tensor and upstream.device.type == "cpu"
-        if not (readable and gradient.dtype == ctx.dtype and upstream.item() == 1):
-            gradient = _SCALE(gradient, upstream, ctx.dtype, ctx.backend)
+        gradient = scaled(gradient, upstream, ctx.dtype, ctx.backend)
         return (None, None, gradient, *(None,) * ctx.constants)
+
+
+def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """A gradient that forward has made, times what comes from above; itself if that is 1."""
+    if gradient.dtype == dtype and is_one(upstream):
+        return gradient
+    return _SCALE(gradient, upstream, dtype, backend)
+
+
+def is_one(upstream: Tensor) -> bool:
+    """Whether it is known to be 1: on the CPU, outside traced graphs, where reading is free."""
+    return type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1
 
 
 def autograd(op_name: str, *args: Any) -> tuple[Tensor, ...]:
@@ -207,4 +224,13 @@ _SCALE = Op(
     cpu=cpu(native.scale_gradient),
     cuda=cuda(native.scale_gradient),
     triton=triton("losses", "scale_gradient"),
+)
+SCALE_INPLACE = Op(
+    "scale_gradient_",
+    "(Tensor(a!) gradient, Tensor upstream) -> ()",
+    function="clipped_loss",
+    fake=lambda gradient, upstream: None,
+    cpu=cpu(native.scale_gradient_),
+    cuda=cuda(native.scale_gradient_),
+    triton=triton("losses", "scale_gradient_"),
 )

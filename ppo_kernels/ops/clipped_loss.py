@@ -116,13 +116,13 @@ def clipped_loss(
     served_by = _LOSS.resolve(logprobs.device, backend)
     if served_by == "torch":
         count("clipped_loss", "torch")
-        loss, stats = _reference(logprobs, old_logprobs, advantages, policy, frame)
+        loss, stats = reference(logprobs, old_logprobs, advantages, policy, frame)
     else:
         loss, stats, _ = _LOSS(logprobs, old_logprobs, advantages, *policy, *frame, served_by)
     return ClippedLoss(loss, PolicyMetrics(stats))
 
 
-def _reference(
+def reference(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,

@@ -111,7 +111,7 @@ def logprobs_from_logits(
         TypeError, ValueError: Naming the argument, what was given and what was expected; on CPU
             that includes labels out of range at live positions.
     """
-    _check(logits, tokens)
+    check(logits, tokens)
     check_transform(tokens, mask, softcap, logit_scale, ignore_index)
     temperatures, scalar = split_temperature(temperature, tokens)
     served_by = _FORWARD.resolve(logits.device, backend)
@@ -129,7 +129,7 @@ def logprobs_from_logits(
     return LogProbs(result[0], result[1]) if entropy else result[0]
 
 
-def _check(logits: Tensor, tokens: Tensor) -> None:
+def check(logits: Tensor, tokens: Tensor) -> None:
     _checks.tensor("logits", logits, _checks.FLOATS)
     _checks.tensor("tokens", tokens, _checks.INDICES)
     if logits.dim() == 0 or logits.shape[-1] == 0:

@@ -117,14 +117,14 @@ def logprobs_from_hidden(
         TypeError, ValueError: Naming the argument, what was given and what was expected; on CPU
             that includes labels out of range at live positions.
     """
-    hidden, weight = _autocast(hidden, weight)
-    vocab = _check(hidden, weight, tokens, bias, vocab_size, chunk)
+    hidden, weight = autocast(hidden, weight)
+    vocab = check(hidden, weight, tokens, bias, vocab_size, chunk)
     logprob.check_transform(tokens, mask, softcap, logit_scale, ignore_index)
     temperatures, scalar = logprob.split_temperature(temperature, tokens)
     served_by = _FORWARD.resolve(hidden.device, backend)
     if served_by == "torch":
         count("logprobs_from_hidden", "torch")
-        result: tuple[Tensor, ...] = _reference(
+        result: tuple[Tensor, ...] = reference(
             hidden, weight[:vocab], bias if bias is None else bias[:vocab], tokens, mask,
             scalar if temperatures is None else temperatures, softcap, logit_scale, ignore_index,
             entropy,
@@ -137,7 +137,7 @@ def logprobs_from_hidden(
     return LogProbs(result[0], result[1]) if entropy else result[0]
 
 
-def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     _checks.tensor("hidden", hidden, _checks.FLOATS)
     _checks.tensor("weight", weight, _checks.FLOATS)
     kind = hidden.device.type
@@ -147,7 +147,7 @@ def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, weight
 
 
-def _check(
+def check(
     hidden: Tensor,
     weight: Tensor,
     tokens: Tensor,
@@ -192,7 +192,7 @@ def _check(
     return weight.shape[0] if vocab_size is None else vocab_size
 
 
-def _reference(
+def reference(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -257,7 +257,12 @@ def _fake_forward(hidden: Tensor, weight: Tensor, bias: Any, tokens: Tensor, *ar
 def _fake_backward(
     g: Any, h: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs = args[-1]
+    return fake_gradients(hidden, weight, bias, args[-1])
+
+
+def fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _checks.compute_dtype(hidden) if bias is None else bias.dtype
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0, hidden.shape[-1])),

@@ -36,6 +36,7 @@ class Case:
     backward: tuple[str, ...] = ()
     grads: tuple[str, ...] = ()
     scale: Callable[[Inputs], Mapping[int | str, Tensor | float]] = lambda inputs: {}
+    unit_upstream: bool = False
 
     @property
     def id(self) -> str:

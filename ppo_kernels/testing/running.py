@@ -59,6 +59,8 @@ def executor(name: str) -> Iterator[str]:
 
 def flatten(result: Any) -> list[Tensor]:
     """All tensors of a result, in order."""
+    if result is None:
+        return []
     if isinstance(result, Tensor):
         return [result]
     return [t for part in result for t in flatten(part)]
@@ -67,7 +69,7 @@ def flatten(result: Any) -> list[Tensor]:
 def run(
     case: Case, inputs: Inputs, *, grad: bool = True, call: Callable[..., Any] | None = None
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Outputs and gradients of a case, for a fixed pseudo-random upstream gradient.
+    """Outputs and gradients of a case, for a fixed pseudo-random upstream gradient, or for 1.
 
     `call` takes the place of the case's public function.
     """
@@ -82,5 +84,7 @@ def run(
     upstream = [
         (torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5).to(t) for t in live
     ]
+    if case.unit_upstream:
+        upstream = [torch.ones_like(t) for t in live]
     grads = torch.autograd.grad(live, [inputs[n] for n in case.grads], upstream)
     return [t.detach() for t in outputs], dict(zip(case.grads, grads, strict=True))

@@ -325,12 +325,15 @@ def finish_kernel(
 
 @triton.jit
 def scale_gradient_kernel(
-    gradient, upstream, scaled, tokens, BLOCK: tl.constexpr, DTYPE: tl.constexpr
-):
+    gradient, upstream, scaled, tokens,
+    INPLACE: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """Exact zeros, such as masked tokens have, stay: whatever they are multiplied by."""
     i, inside = token_block(tokens, BLOCK)
-    g = tl.load(gradient + i, mask=inside, other=0.0)
     by = tl.load(upstream).to(DTYPE)
+    if INPLACE:
+        inside &= by != 1.0  # nothing is read where nothing changes
+    g = tl.load(gradient + i, mask=inside, other=0.0).to(DTYPE)
     store_tokens(scaled, i, tl.where(g == 0.0, 0.0, g * by), inside)
 
 
@@ -379,14 +382,21 @@ def value_loss(
 
 def scale_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     scaled = gradient.new_empty(gradient.shape, dtype=dtype)
+    _scale(gradient.contiguous(), upstream, scaled)
+    return scaled
+
+
+def scale_gradient_(gradient: Tensor, upstream: Tensor) -> None:
+    _scale(gradient, upstream, gradient)
+
+
+def _scale(gradient: Tensor, upstream: Tensor, to: Tensor) -> None:
     config = _config(gradient.dtype)
-    flat = gradient.contiguous()
     launch(
-        scale_gradient_kernel, triton.cdiv(flat.numel(), config.block), flat, upstream, scaled,
-        flat.numel(), config=config, BLOCK=config.block,
+        scale_gradient_kernel, triton.cdiv(to.numel(), config.block), gradient, upstream, to,
+        to.numel(), config=config, INPLACE=to is gradient, BLOCK=config.block,
         DTYPE=tl.float64 if gradient.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
-    return scaled
 
 
 def _or_inf(bound: float | None) -> float:

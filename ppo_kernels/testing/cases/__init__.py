@@ -1,13 +1,14 @@
 """The cases, one module per op family."""
 
 from ..case import Case
-from . import categorical_kl, kl, logprob, logprob_hidden, losses, moments, scan
+from . import categorical_kl, kl, logprob, logprob_hidden, losses, moments, ppo_loss, scan
 
 CASES: list[Case] = [
     *logprob.cases(),
     *logprob_hidden.cases(),
     *categorical_kl.cases(),
     *losses.cases(),
+    *ppo_loss.cases(),
     *scan.cases(),
     *moments.cases(),
     *kl.cases(),

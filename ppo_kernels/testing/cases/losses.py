@@ -39,7 +39,7 @@ def cases() -> Iterator[Case]:
             return made | {k: v(g, made) if callable(v) else v for k, v in more.items()}
 
         def scale(inputs: Inputs) -> dict[int | str, Tensor | float]:
-            return _loss_scale(function, inputs, target)
+            return loss_scale(function, inputs, target)
 
         return Case(function, label, inputs, (function,), ("scale_gradient",), (live,), scale)
 
@@ -115,7 +115,7 @@ def cases() -> Iterator[Case]:
     yield case("value_loss", "huber, not clipped", (4, 300), huber_delta=0.7, clip=None)
 
 
-def _loss_scale(function: str, inputs: Inputs, target_name: str) -> dict[int | str, Tensor | float]:
+def loss_scale(function: str, inputs: Inputs, target_name: str) -> dict[int | str, Tensor | float]:
     """Sums of the magnitudes of the terms of the loss and of each entry of the metrics."""
     mask = inputs.get("mask")
     tensors = [t for t in inputs.values() if isinstance(t, Tensor) and t.is_floating_point()]

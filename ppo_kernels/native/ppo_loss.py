@@ -1,0 +1,216 @@
+"""ppo_loss_from_logits and ppo_loss_from_hidden: kernels of rows of logits, and those of tokens.
+
+What differs between backends is the kernels, in `Kernels`. Per-token objectives go from logits to
+their gradient one part of the rows at a time; those that must see a whole sequence first make all
+log-probabilities, then all gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._head import Head, Part
+from ..ops._aggregation import AGGREGATIONS, Batch, Frame
+from ..ops._objective import Objective, total
+from . import Native, kl, logprob, logprob_hidden, losses, moments
+from .logprob_hidden import Gradients, Rows, Scoring
+
+
+class Kernels(NamedTuple):
+    """The functions of one backend, with the arguments of their ops' schemas."""
+
+    rows: Rows
+    logprob_backward: Callable[..., Tensor]
+    clipped_loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    kl_forward: Callable[..., Tensor]
+    kl_backward: Callable[..., Tensor]
+    masked_sum: Callable[..., tuple[Tensor, Tensor]]
+
+
+def ppo_loss_from_logits(native: Native, *args: Any) -> tuple[Tensor, ...]:
+    return from_logits(_kernels(native), False, *args)
+
+
+def ppo_loss_from_logits_(native: Native, *args: Any) -> tuple[Tensor, ...]:
+    return from_logits(_kernels(native), True, *args)
+
+
+def ppo_loss_from_hidden(native: Native, *args: Any) -> tuple[Tensor, ...]:
+    return from_hidden(_kernels(native), *args)
+
+
+def _kernels(native: Native) -> Kernels:
+    return Kernels(
+        logprob_hidden.rows_of(native),
+        partial(logprob.logprob_backward, native),
+        partial(losses.clipped_loss, native),
+        partial(kl.kl_forward, native),
+        partial(kl.kl_backward, native),
+        partial(moments.masked_reduce, native, mean=False),
+    )
+
+
+# Masked labels are masked already.
+_NO_LABEL = -1
+
+
+def from_logits(
+    k: Kernels,
+    overwrite: bool,
+    logits: Tensor,
+    tokens: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    inplace: bool,
+    *objective: Any,
+) -> tuple[Tensor, ...]:
+    """The gradient of the logits comes last, unless it is to `overwrite` them."""
+    o = Objective.of(objective)
+    labels = (tokens, o.frame.mask, temperatures)
+    settings = (temperature, softcap, logit_scale, _NO_LABEL)
+    logprobs, entropies, state = k.rows.forward(logits, *labels, *settings, o.entropy, False)
+    tail = _Tail(k, o, tokens, logprobs.dtype)
+    loss, stats, terms, policy = tail.loss(logprobs, entropies, o.frame)
+    result = (loss, stats, terms, logprobs)
+    if not o.frame.needs_gradient:
+        return *result, logits.new_empty(0)
+    g, h = tail.gradients(o, tail.weights, logprobs, policy)
+    arguments = (g, h, logits, *labels, logprobs, state, *settings)
+    if overwrite:
+        k.rows.backward_(*arguments)
+        return result
+    return *result, k.logprob_backward(*arguments)
+
+
+def from_hidden(
+    k: Kernels,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    vocab: int,
+    chunk: int | None,
+    needs: list[bool],
+    *objective: Any,
+) -> tuple[Tensor, ...]:
+    o = Objective.of(objective)
+    labels = (tokens, o.frame.mask, temperatures)
+    settings = (temperature, softcap, logit_scale, _NO_LABEL)
+    rows: tuple[Any, ...] = (*settings, vocab, chunk)
+    scoring = Scoring(k.rows, hidden, weight, bias, *(*labels, *rows, o.entropy))
+    gradients = Gradients(scoring.head, hidden, weight, bias, needs)
+    tail = _Tail(k, o, tokens, scoring.head.dtype)
+    at_once = any(needs) and not o.whole_sequences
+    parts = _Parts(o, tokens, tail.weights, scoring.head) if at_once else None
+    for scored in scoring.parts():
+        if parts is not None:
+            g, h = tail.gradients(*parts.of(scored.part), scored.logprobs)
+            k.rows.backward_(
+                g, h, scored.logits, *scored.labels, scored.logprobs, scored.state, *settings
+            )
+            gradients.add(scored.part, scored.logits)
+    logprobs, entropies, state = scoring.results()
+    later = any(needs) and parts is None
+    frame = o.frame._replace(needs_gradient=later)
+    loss, stats, terms, policy = tail.loss(logprobs, entropies, frame)
+    if not later:
+        return loss, stats, terms, logprobs, *gradients.results()
+    g, h = tail.gradients(o, tail.weights, logprobs, policy)
+    given = (*labels, logprobs, state, *rows, needs)
+    made = logprob_hidden.backward(k.rows, g, h, hidden, weight, bias, *given)
+    return loss, stats, terms, logprobs, *made
+
+
+class _Tail:
+    """From log-probabilities and entropies of tokens to the loss, and back."""
+
+    def __init__(self, k: Kernels, o: Objective, tokens: Tensor, dtype: torch.dtype) -> None:
+        self.k, self.o = k, o
+        self.weights = Batch(tokens, o.frame).weights(o.frame, dtype)
+        self.scale = None if o.loss_scale is None else o.loss_scale.to(dtype)
+
+    def loss(
+        self, logprobs: Tensor, entropies: Tensor, frame: Frame
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss, its stats, its terms, and on request the gradient of the policy's term."""
+        o = self.o
+        policy, stats, gradient = self.k.clipped_loss(
+            logprobs, o.old_logprobs, o.advantages, *o.policy, *frame
+        )
+        entropy = divergence = torch.zeros_like(policy)
+        if o.entropy:
+            entropy = self._aggregate(entropies)
+        if o.ref_logprobs is not None:
+            divergence = self._aggregate(
+                self.k.kl_forward(
+                    logprobs, o.ref_logprobs, frame.mask, o.kl_estimator, o.kl_gradient, o.kl_clamp
+                )
+            )
+        terms = (policy, entropy, divergence)
+        return total(o, *terms), stats, torch.stack(terms), gradient
+
+    def gradients(
+        self, o: Objective, weights: Tensor, logprobs: Tensor, policy: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of log-probabilities and entropies; `policy` is that of the policy's term, if known."""
+        if policy is None:
+            _, _, slopes = self.k.clipped_loss(
+                logprobs, o.old_logprobs, o.advantages, *o.policy, *o.frame
+            )
+            policy = slopes * weights
+        if o.kl_coef:
+            slopes = self.k.kl_backward(
+                torch.ones_like(logprobs), logprobs, o.ref_logprobs, o.frame.mask, o.kl_gradient,
+                o.kl_clamp,
+            )  # fmt: skip
+            policy = policy + o.kl_coef * slopes * weights
+        entropy = None
+        if o.entropy_coef:
+            entropy = self._scaled(-o.entropy_coef * weights).expand(logprobs.shape)
+        return self._scaled(policy), entropy
+
+    def _aggregate(self, of_tokens: Tensor) -> Tensor:
+        return self.k.masked_sum(of_tokens * self.weights, self.o.frame.mask, None)[0]
+
+    def _scaled(self, t: Tensor) -> Tensor:
+        return t if self.scale is None else t * self.scale
+
+
+class _Parts:
+    """An objective of tokens, cut as the rows of hidden states are."""
+
+    def __init__(self, o: Objective, tokens: Tensor, weights: Tensor, head: Head) -> None:
+        self.o, self.head, self.shape = o.by_tokens(tokens), head, tokens.shape
+        self.constants = self._rows(o.old_logprobs), self._rows(self.o.advantages)
+        self.ref_logprobs = None if o.ref_logprobs is None else self._rows(o.ref_logprobs)
+        self.weights = self._rows(weights)
+
+    def of(self, part: Part) -> tuple[Objective, Tensor]:
+        """The objective of a part's tokens, as a sum, and their weights."""
+        at = part.rows
+        o = self.o._replace(
+            old_logprobs=self.constants[0][at],
+            advantages=self.constants[1][at],
+            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[at],
+            frame=Frame(
+                None if self.head.live is None else self.head.live[at],
+                None, AGGREGATIONS.index("token-sum"), None, 1.0, None, True,
+            ),
+        )  # fmt: skip
+        return o, self.weights[at]
+
+    def _rows(self, t: Tensor) -> Tensor:
+        selected = self.head.select(t.expand(self.shape).reshape(-1))
+        assert selected is not None
+        return selected
