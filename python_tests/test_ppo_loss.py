@@ -79,6 +79,7 @@ def test_it_is_what_its_parts_give(name, source, aggregation):
     torch.testing.assert_close(got.entropy, mean(entropies).detach(), **close)
     torch.testing.assert_close(got.kl, mean(kl).detach(), **close)
     torch.testing.assert_close(got.logprobs, logprobs.detach(), **close)
+    torch.testing.assert_close(got.entropies, entropies.detach(), **close)
     torch.testing.assert_close(got.metrics.stats, metrics.stats, **close)
     grads = torch.autograd.grad(got.loss, leaves)
     (grad_logits,) = torch.autograd.grad(total, logits)
@@ -240,12 +241,13 @@ def test_only_the_loss_is_differentiable(name):
     with executor(name):
         out = e.loss("logits", e.leaves("logits"), **TERMS)
     assert out.loss.requires_grad
-    rest = (out.metrics.stats, out.logprobs, out.policy_loss, out.entropy, out.kl)
+    rest = (out.metrics.stats, out.logprobs, out.entropies, out.policy_loss, out.entropy, out.kl)
     assert not any(t.requires_grad for t in rest)
     with executor(name):
         out = e.loss("logits", [e.logits])
     assert not out.loss.requires_grad
     assert out.entropy is None
+    assert out.entropies is None
     assert out.kl is None
 
 

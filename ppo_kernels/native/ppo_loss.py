@@ -78,7 +78,7 @@ def from_logits(
     logprobs, entropies, state = k.rows.forward(logits, *labels, *settings, o.entropy, False)
     tail = _Tail(k, o, tokens, logprobs.dtype)
     loss, stats, terms, policy = tail.loss(logprobs, entropies, o.frame)
-    result = (loss, stats, terms, logprobs)
+    result = (loss, stats, terms, logprobs, entropies)
     if not o.frame.needs_gradient:
         return *result, logits.new_empty(0)
     g, h = tail.gradients(o, tail.weights, logprobs, policy)
@@ -125,11 +125,11 @@ def from_hidden(
     frame = o.frame._replace(needs_gradient=later)
     loss, stats, terms, policy = tail.loss(logprobs, entropies, frame)
     if not later:
-        return loss, stats, terms, logprobs, *gradients.results()
+        return loss, stats, terms, logprobs, entropies, *gradients.results()
     g, h = tail.gradients(o, tail.weights, logprobs, policy)
     given = (*labels, logprobs, state, *rows, needs)
     made = logprob_hidden.backward(k.rows, g, h, hidden, weight, bias, *given)
-    return loss, stats, terms, logprobs, *made
+    return loss, stats, terms, logprobs, entropies, *made
 
 
 class _Tail:

@@ -44,10 +44,16 @@ class Objective(NamedTuple):
 
     @classmethod
     def of(cls, arguments: tuple[Any, ...]) -> Objective:
-        policy = len(cls._fields) - 2
-        frame = policy + len(Policy._fields)
-        own: dict[str, Any] = dict(zip(cls._fields, arguments[:policy], strict=False))
-        return cls(**own, policy=Policy(*arguments[policy:frame]), frame=Frame(*arguments[frame:]))
+        """From the last arguments of an op, without its backend."""
+        own = len(cls._fields) - 2
+        policy, frame = len(Policy._fields), len(Frame._fields)
+        first = len(arguments) - own - policy - frame
+        settings: dict[str, Any] = dict(zip(cls._fields, arguments[first:][:own], strict=False))
+        return cls(
+            **settings,
+            policy=Policy(*arguments[-policy - frame : -frame]),
+            frame=Frame(*arguments[-frame:]),
+        )
 
     @property
     def arguments(self) -> tuple[Any, ...]:

@@ -25,6 +25,7 @@ class PPOLoss(NamedTuple):
     loss: Tensor
     metrics: PolicyMetrics
     logprobs: Tensor
+    entropies: Tensor | None
     policy_loss: Tensor
     entropy: Tensor | None
     kl: Tensor | None
@@ -114,12 +115,13 @@ def ppo_loss_from_logits(
         backend: See `use_backend`.
 
     Returns:
-        ``PPOLoss(loss, metrics, logprobs, policy_loss, entropy, kl)``; all but `loss` are constant:
-        `PolicyMetrics`, the log-probabilities as `logprobs_from_logits` gives them, and the three
-        terms of the loss without coefficients and scale, each aggregated by the same weights; the
-        entropy and the KL are None unless asked for. The gradient of the logits has their dtype. It
-        is kept until backward, which multiplies it, in place, with the upstream gradient (another
-        rounding unless that is 1 or, in range, a power of two); a second backward raises.
+        ``PPOLoss(loss, metrics, logprobs, entropies, policy_loss, entropy, kl)``; all but `loss`
+        are constant: `PolicyMetrics`, the log-probabilities and entropies of
+        `logprobs_from_logits`, and the three terms of the loss without coefficients and scale, each
+        aggregated by the same weights. Entropies and KL are None unless asked for. The gradient of
+        the logits has their dtype. It is kept until backward, which multiplies it, in place, with
+        the upstream gradient (another rounding unless that is 1 or, in range, a power of two); a
+        second backward then raises.
 
     Raises:
         TypeError, ValueError: Naming the argument, what was given and what was expected; on CPU
@@ -144,14 +146,14 @@ def ppo_loss_from_logits(
             logits, tokens, o.frame.mask, scalar if temperatures is None else temperatures,
             softcap, logit_scale, ignore_index, o.entropy,
         )  # fmt: skip
-        return _result(o, *_objective.reference(logprobs, entropies, o), logprobs)
+        return _result(o, *_objective.reference(logprobs, entropies, o), logprobs, entropies)
     needs = torch.is_grad_enabled() and logits.requires_grad
     o = o._replace(frame=o.frame._replace(needs_gradient=needs))
     result = _FROM_LOGITS(
         logits, tokens, temperatures, scalar, softcap or 0.0, float(logit_scale), inplace,
         *o.arguments, served_by,
     )  # fmt: skip
-    return _result(o, *result[:4])
+    return _result(o, *result[:5])
 
 
 def ppo_loss_from_hidden(
@@ -260,7 +262,7 @@ def ppo_loss_from_hidden(
             scalar if temperatures is None else temperatures, softcap, logit_scale, ignore_index,
             o.entropy,
         )  # fmt: skip
-        return _result(o, *_objective.reference(logprobs, entropies, o), logprobs)
+        return _result(o, *_objective.reference(logprobs, entropies, o), logprobs, entropies)
     leaves = (hidden, weight, bias)
     recorded = torch.is_grad_enabled()
     needs = [recorded and t is not None and t.requires_grad for t in leaves]
@@ -268,15 +270,18 @@ def ppo_loss_from_hidden(
         *leaves, tokens, temperatures, scalar, softcap or 0.0, float(logit_scale), vocab, chunk,
         needs, *o.arguments, served_by,
     )  # fmt: skip
-    return _result(o, *result[:4])
+    return _result(o, *result[:5])
 
 
-def _result(o: Objective, loss: Tensor, stats: Tensor, terms: Tensor, logprobs: Tensor) -> PPOLoss:
+def _result(
+    o: Objective, loss: Tensor, stats: Tensor, terms: Tensor, logprobs: Tensor, entropies: Tensor
+) -> PPOLoss:
     policy, entropy, divergence = terms.detach().unbind()
     return PPOLoss(
         loss,
         PolicyMetrics(stats),
         logprobs.detach(),
+        entropies.detach() if o.entropy else None,
         policy,
         entropy if o.entropy else None,
         None if o.ref_logprobs is None else divergence,
@@ -284,12 +289,12 @@ def _result(o: Objective, loss: Tensor, stats: Tensor, terms: Tensor, logprobs: 
 
 
 class _PPOLoss(torch.autograd.Function):
-    """Forward has made the gradients of the first inputs: the results behind the first four."""
+    """Forward has made the gradients of the first inputs: the results behind the first five."""
 
     @staticmethod
     def forward(ctx: Any, op: Op, *args: Any) -> tuple[Tensor, ...]:
         loss, *rest = op.below(*args)
-        gradients = rest[3:]
+        gradients = rest[4:]
         if not gradients:  # written into the logits, which the schema says and the counter must
             torch.autograd.graph.increment_version(args[0])
             gradients = [args[0].detach()]
@@ -353,33 +358,34 @@ def _autograd_from_hidden(*args: Any) -> tuple[Tensor, ...]:
     return _FROM_HIDDEN.below(*args)
 
 
-def _fake(live: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = _checks.compute_dtype(live)
+def _fake(live: Tensor, tokens: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    dtype, entropy = _checks.compute_dtype(live), Objective.of(args).entropy
     return (
         live.new_empty((), dtype=dtype),
         live.new_empty(len(POLICY_STATS), dtype=torch.float64),
         live.new_empty(3, dtype=dtype),
         live.new_empty(tokens.shape, dtype=dtype),
+        live.new_empty(tokens.shape if entropy else (0,), dtype=dtype),
     )
 
 
 def _fake_from_logits(logits: Tensor, tokens: Tensor, *args: Any) -> tuple[Tensor, ...]:
     shape = logits.shape if args[-1] else (0,)
-    return *_fake(logits, tokens), logits.new_empty(shape)
+    return *_fake(logits, tokens, *args), logits.new_empty(shape)
 
 
 def _fake_from_hidden(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     gradients = logprob_hidden.fake_gradients(hidden, weight, bias, args[6])
-    return *_fake(hidden, tokens), *gradients
+    return *_fake(hidden, tokens, *args), *gradients
 
 
 _LOGITS_SCHEMA = (
     "(Tensor{} logits, Tensor tokens, Tensor? temperatures, float temperature, float softcap, "
     "float logit_scale, bool inplace, "
     + _objective.SCHEMA
-    + ") -> (Tensor, Tensor, Tensor, Tensor{})"
+    + ") -> (Tensor, Tensor, Tensor, Tensor, Tensor{})"
 )
 _FROM_LOGITS = Op(
     "ppo_loss_from_logits",
@@ -395,7 +401,7 @@ _FROM_LOGITS_INPLACE = Op(
     "ppo_loss_from_logits_",
     _LOGITS_SCHEMA.format("(a!)", ""),
     function="ppo_loss_from_logits",
-    fake=lambda logits, tokens, *args: _fake(logits, tokens),
+    fake=_fake,
     cpu=cpu(native.ppo_loss_from_logits_),
     cuda=cuda(native.ppo_loss_from_logits_),
     triton=triton("ppo_loss", "ppo_loss_from_logits_"),
@@ -405,7 +411,7 @@ _FROM_HIDDEN = Op(
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor? temperatures, "
     "float temperature, float softcap, float logit_scale, int vocab, int? chunk, bool[] needs, "
     + _objective.SCHEMA
-    + ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    + ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     function="ppo_loss_from_hidden",
     fake=_fake_from_hidden,
     autograd=_autograd_from_hidden,

@@ -117,11 +117,10 @@ def _scale(inputs: Inputs) -> dict[int | str, Tensor | float]:
     if "ref_logprobs" in inputs:
         magnitudes = magnitudes + (policy["logprobs"] - inputs["ref_logprobs"]).abs().exp()
     of_terms = float(torch.where(batch.live, (magnitudes + terms) * weights, 0.0).sum())
-    return (
-        scale
-        | {0: of_terms * (1 + terms), 2: terms}
-        | dict.fromkeys((3, 4, 5), of_terms * (1 + terms))
-    )
+    measured = bool(inputs.get("entropy") or inputs.get("entropy_coef"))
+    scale |= dict.fromkeys((2, 3) if measured else (2,), terms)
+    of_loss = of_terms * (1 + terms)
+    return scale | {0: of_loss} | dict.fromkeys((3 + measured, 4 + measured, 5 + measured), of_loss)
 
 
 def _frame(inputs: Inputs) -> Frame:
