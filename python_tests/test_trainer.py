@@ -23,9 +23,10 @@ import ppo_kernels as pk
 from ppo_kernels.trainer import Config, InputError, train
 from ppo_kernels.trainer.cli import parse_config
 from ppo_kernels.trainer.experience import Experience, make_experience, score_tokens
-from ppo_kernels.trainer.model import ActorCritic, frozen_copy, response_outputs
+from ppo_kernels.trainer.model import ActorCritic, frozen_copy
 from ppo_kernels.trainer.ppo import KLController, accumulate_gradients
 from ppo_kernels.trainer.rollout import Sampler, response_mask
+from ppo_kernels.trainer.scorer import Scorer
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ def parts(config):
     torch.manual_seed(1)
     rollout = sampler([row["prompt"] for row in tiny.PROMPTS])
     assert len(rollout.response_mask.sum(-1).unique()) > 3
-    return sampler, actor, frozen_copy(policy), rollout
+    return sampler, actor, Scorer(frozen_copy(policy), actor.forbidden), rollout
 
 
 def test_learns_and_leaves_its_files(config):
@@ -103,7 +104,14 @@ def test_learns_and_leaves_its_files(config):
     assert list((result.output_dir / "tensorboard").iterdir())
     assert "| prompt" in (result.output_dir / "samples.md").read_text()
     served = " ".join(op for op, _ in pk.op_counts())
-    for name in ("logprob", "clipped_loss", "value_loss", "shape_rewards", "gae", "whiten"):
+    for name in (
+        "hidden_logprob",
+        "ppo_loss_from_hidden",
+        "value_loss",
+        "shape_rewards",
+        "gae",
+        "whiten",
+    ):
         assert name in served
 
 
@@ -251,14 +259,13 @@ def test_sampled_and_scored_distributions_agree(config, temperature):
     assert sampler.forbidden == [0, 1, 2, 16, 17, 18, 19]
     torch.manual_seed(0)
     rollout = sampler(["w1 w2"] * 4000)
-    logits, _ = response_outputs(
-        policy,
-        rollout.sequences[:1],
-        rollout.attention_mask[:1],
-        1,
-        torch.tensor(sampler.forbidden),
-    )
-    probabilities = torch.softmax(logits[0, 0].detach() / temperature, -1)
+    scorer = Scorer(policy, torch.tensor(sampler.forbidden))
+    states, _ = scorer.states(rollout.sequences[:1], rollout.attention_mask[:1], 1)
+    assert scorer.reason is None
+    every = torch.arange(20)[:, None]
+    with torch.no_grad():
+        logprobs = scorer.logprobs(states.expand(20, 1, -1), every, temperature=temperature)
+    probabilities = logprobs[:, 0].exp()
     counts = torch.bincount(rollout.responses[:, 0], minlength=20)
     assert counts[sampler.forbidden].sum() == 0
     deviation = (probabilities * (1 - probabilities) / 4000).sqrt()

@@ -103,7 +103,7 @@ class Config:
     """How the policy loss is averaged over a minibatch; seq-sum-norm divides by max_new_tokens,
     token-sum by nothing."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus, aggregated as the policy loss."""
     value_coef: float = 0.5
     """Weight of the value loss."""
     value_clip: float | None = 0.2

@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import ppo_kernels as pk
 from ppo_kernels.trainer.config import Config
-from ppo_kernels.trainer.model import ActorCritic, response_outputs
+from ppo_kernels.trainer.model import ActorCritic
 from ppo_kernels.trainer.rollout import Rollout
+from ppo_kernels.trainer.scorer import Scorer
 
 
 class Experience(NamedTuple):
@@ -30,7 +30,7 @@ class Experience(NamedTuple):
 
 @torch.no_grad()
 def score_tokens(
-    actor: ActorCritic, reference: PreTrainedModel, rollout: Rollout, config: Config
+    actor: ActorCritic, reference: Scorer, rollout: Rollout, config: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the log-probabilities, values and reference log-probabilities of all responses.
 
@@ -41,13 +41,11 @@ def score_tokens(
     parts = []
     for rows in torch.arange(len(rollout.sequences)).split(config.micro_batch):
         inputs = rollout.sequences[rows], rollout.attention_mask[rows], length
-        tokens, mask = rollout.responses[rows], rollout.response_mask[rows]
-        logits, values = actor(*inputs)
-        ref_logits, _ = response_outputs(reference, *inputs, actor.forbidden)
-        logprobs, ref_logprobs = (
-            pk.logprobs_from_logits(x, tokens, temperature=config.temperature, mask=mask)
-            for x in (logits, ref_logits)
-        )
+        tokens = rollout.responses[rows]
+        settings = {"mask": rollout.response_mask[rows], "temperature": config.temperature}
+        states, values = actor(*inputs)
+        logprobs = actor.scorer.logprobs(states, tokens, **settings)
+        ref_logprobs = reference.logprobs(reference.states(*inputs)[0], tokens, **settings)
         parts.append((logprobs, values, ref_logprobs))
     logprobs, values, ref_logprobs = (torch.cat(part) for part in zip(*parts, strict=True))
     return logprobs, values, ref_logprobs
@@ -55,7 +53,7 @@ def score_tokens(
 
 def make_experience(
     actor: ActorCritic,
-    reference: PreTrainedModel,
+    reference: Scorer,
     rollout: Rollout,
     scores: Tensor,
     *,

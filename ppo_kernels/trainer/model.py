@@ -1,9 +1,8 @@
 """The policy, its value function and its frozen reference."""
 
 import copy
-import inspect
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_kernels.trainer.config import Config, InputError
 from ppo_kernels.trainer.objects import import_object
+from ppo_kernels.trainer.scorer import Scorer, inputs_of
 
 
 def resolve_device(name: str) -> torch.device:
@@ -73,27 +73,6 @@ def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, copy.deepcopy(policy).eval().requires_grad_(False))
 
 
-def response_outputs(
-    policy: PreTrainedModel,
-    sequences: Tensor,
-    attention_mask: Tensor,
-    length: int,
-    forbidden: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return logits `[B, length, V]` and last hidden states where the last tokens are predicted.
-
-    The logits of forbidden tokens are -inf, as they are in sampling.
-    """
-    arguments: dict[str, Any] = _inputs(policy, sequences, attention_mask)
-    if "logits_to_keep" in inspect.signature(policy.forward).parameters:
-        arguments["logits_to_keep"] = length + 1
-    outputs = policy(**arguments, output_hidden_states=True, use_cache=False)
-    logits = outputs.logits[:, -length - 1 : -1]
-    if len(forbidden):
-        logits.index_fill_(-1, forbidden, -torch.inf)
-    return logits, outputs.hidden_states[-1][:, -length - 1 : -1]
-
-
 class ActorCritic(nn.Module):
     """A policy and a linear value head, on the policy's own trunk or on a copy of it.
 
@@ -114,24 +93,15 @@ class ActorCritic(nn.Module):
             "forbidden", torch.tensor(forbidden, dtype=torch.long, device=policy.device)
         )
         self.eval()
+        self.scorer = Scorer(policy, self.forbidden)
 
     def forward(
         self, sequences: Tensor, attention_mask: Tensor, length: int
     ) -> tuple[Tensor, Tensor]:
-        """Return logits `[B, length, V]` and values `[B, length]` of the last `length` tokens."""
-        logits, hidden = response_outputs(
-            self.policy, sequences, attention_mask, length, self.forbidden
-        )
+        """Return the scorer's states and the values, both of the last `length` tokens."""
+        states, hidden = self.scorer.states(sequences, attention_mask, length)
         if self.value_trunk is not None:
             trunk = self.value_trunk
-            outputs = trunk(**_inputs(trunk, sequences, attention_mask), use_cache=False)
+            outputs = trunk(**inputs_of(trunk, sequences, attention_mask), use_cache=False)
             hidden = outputs.last_hidden_state[:, -length - 1 : -1]
-        return logits, self.value_head(hidden.float())[..., 0]
-
-
-def _inputs(model: nn.Module, sequences: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    inputs = {"input_ids": sequences, "attention_mask": attention_mask}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        # prompts are padded on the left, so the first real token has position 0 wherever it stands
-        inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    return inputs
+        return states, self.value_head(hidden.float())[..., 0]

@@ -35,6 +35,7 @@ from ppo_kernels.trainer.report import (
 )
 from ppo_kernels.trainer.rewards import RewardFunction, score
 from ppo_kernels.trainer.rollout import Sampler
+from ppo_kernels.trainer.scorer import Scorer
 
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
@@ -93,8 +94,8 @@ def train(
     policy.to(device=device, dtype=getattr(torch, config.dtype))  # type: ignore[call-arg]
     check_positions(policy, max(longest, longest_eval), config.max_new_tokens)
     sampler = Sampler(policy, tokenizer, config)
-    reference = frozen_copy(policy)
     actor = ActorCritic(policy, sampler.forbidden, config.separate_value_model)
+    reference = Scorer(frozen_copy(policy), actor.forbidden)
     head = list(actor.value_head.parameters())
     trunks = [p for name, p in actor.named_parameters() if not name.startswith("value_head")]
     optimizer = torch.optim.AdamW(
@@ -201,25 +202,22 @@ def accumulate_gradients(actor: ActorCritic, minibatch: Experience, config: Conf
     policy_metrics, value_metrics = [], []
     for index in torch.arange(total, device=tokens.device).split(config.micro_batch):
         micro = minibatch.rows(index)
-        logits, values = actor(micro.sequences, micro.attention_mask, length)
-        logprobs, entropies = pk.logprobs_from_logits(
-            logits,
+        states, values = actor(micro.sequences, micro.attention_mask, length)
+        policy = actor.scorer.loss(
+            states,
             micro.sequences[:, -length:],
-            temperature=config.temperature,
-            mask=micro.mask,
-            entropy=True,
-        )
-        policy = pk.clipped_loss(
-            logprobs,
             micro.logprobs,
             micro.advantages,
             micro.mask,
+            temperature=config.temperature,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             dual_clip=config.dual_clip,
             aggregation=config.aggregation,
             denominator=denominators.get(config.aggregation, total),
             norm_length=config.max_new_tokens if config.aggregation == "seq-sum-norm" else None,
+            entropy=True,
+            entropy_coef=config.entropy_coef,
         )
         value = pk.value_loss(
             values,
@@ -229,10 +227,9 @@ def accumulate_gradients(actor: ActorCritic, minibatch: Experience, config: Conf
             clip=config.value_clip,
             denominator=tokens,
         )
-        mean_entropy = pk.masked_sum(entropies, micro.mask) / tokens
-        loss = policy.loss + config.value_coef * value.loss - config.entropy_coef * mean_entropy
-        loss.backward()
-        entropy += mean_entropy.detach()
+        (policy.loss + config.value_coef * value.loss).backward()
+        assert policy.entropies is not None
+        entropy += pk.masked_sum(policy.entropies, micro.mask) / tokens
         policy_metrics.append(policy.metrics)
         value_metrics.append(value.metrics)
     return Update(entropy, pk.reduce_metrics(policy_metrics), pk.reduce_metrics(value_metrics))
