@@ -10,6 +10,7 @@ a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class Head:
     """hidden [N, H] @ weight [V, H].T + bias [V], for some of the rows of `hidden`.
 
     Args:
-        live: [N], which rows to select.
+        live: [N], which rows to select; None for all.
         vocab: The rows of weight that count; those behind are padding.
         chunk: Rows at a time, a multiple of TILE, or None for what the budget allows.
 
@@ -53,25 +54,34 @@ class Head:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        live: Tensor,
+        live: Tensor | None,
         vocab: int,
         chunk: int | None,
     ) -> None:
-        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self.hidden, self.weight = hidden, weight[:vocab]
-        self.bias = None if bias is None else bias[:vocab].to(self.dtype)
+        self._multiply(hidden, weight[:vocab], bias)
         self.index: Tensor | None = None
         self.live: Tensor | None = None
         if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
             self.live = live
-        else:
+        elif live is not None:
             index = live.nonzero()[:, 0]
             if index.shape[0] < live.shape[0]:
                 self.index = index
-        self.rows = live.shape[0] if self.index is None else self.index.shape[0]
+        self.rows = hidden.shape[0] if self.index is None else self.index.shape[0]
         size = torch.finfo(self.dtype).bits // 8
         tiles = BUDGET[hidden.device.type] // (size * max(vocab, 1) * TILE)
         self.chunk = min(chunk or max(tiles, 1) * TILE, _padded(self.rows))
+
+    def beside(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
+        """Another head, of the same rows and tokens, as many at a time."""
+        other = copy(self)
+        other._multiply(hidden, weight[: self.weight.shape[0]], bias)
+        return other
+
+    def _multiply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.hidden, self.weight = hidden, weight
+        self.bias = None if bias is None else bias[: weight.shape[0]].to(self.dtype)
 
     def select(self, t: Tensor | None) -> Tensor | None:
         """Of a tensor [N, ...], the selected rows."""
@@ -121,11 +131,10 @@ class Head:
         if grad.is_cuda:
             to = grad.new_empty((grad.shape[0], self.weight.shape[1]))
             return self._product(grad.to(self.weight.dtype), self.weight, to).to(self.hidden.dtype)
-        total: Tensor | None = None
+        # In place: autocast would narrow a product that is not.
+        total = grad.new_zeros((grad.shape[0], self.weight.shape[1]))
         for begin, weight in self._wide_blocks():
-            columns = grad[:, begin : begin + weight.shape[0]]
-            total = columns @ weight if total is None else total.addmm_(columns, weight)
-        assert total is not None
+            total.addmm_(grad[:, begin : begin + weight.shape[0]], weight)
         return total.to(self.hidden.dtype)
 
     def add_grad_weight(self, grad: Tensor, part: Part, total: Tensor) -> None:

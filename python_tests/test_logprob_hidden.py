@@ -123,8 +123,8 @@ def test_a_tied_embedding_gets_both_gradients(backend):
 
 @KERNELS
 def test_a_head_with_an_adapter(backend):
-    hidden, weight, tokens = example()
-    a, b = torch.randn(2, 12), torch.randn(70, 2)
+    hidden, weight, tokens = example(dtype=torch.float64)
+    a, b = (torch.randn(s, generator=seeded(1), dtype=torch.float64) for s in ((2, 12), (70, 2)))
     both = []
     for name in (backend, "torch"):
         leaves = [t.clone().requires_grad_() for t in (a, b)]
@@ -175,6 +175,17 @@ def test_autocast_chooses_the_dtype(backend):
         assert torch.equal(pk.logprobs_from_hidden(hidden, weight, tokens, backend=backend), want)
         mixed = pk.logprobs_from_hidden(narrow[0], weight, tokens, backend=backend)
         assert torch.equal(mixed, want)
+
+
+@KERNELS
+def test_autocast_does_not_narrow_backward(backend):
+    hidden, weight, tokens = example()
+    leaves = [t.requires_grad_() for t in (hidden, weight, torch.zeros(70))]
+    total = pk.logprobs_from_hidden(*leaves[:2], tokens, bias=leaves[2], backend=backend).sum()
+    want = torch.autograd.grad(total, leaves, retain_graph=True)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        got = torch.autograd.grad(total, leaves)
+    assert all(map(torch.equal, got, want))
 
 
 @KERNELS

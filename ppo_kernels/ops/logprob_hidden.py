@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, _head
+from .. import _checks
 from .._op import Op, count, forbid_double_backward
 from ..cpu import kernel as cpu
 from ..cuda import kernel as cuda
 from ..native import logprob_hidden as native
 from ..triton import kernel as triton
-from . import logprob
+from . import _hidden, logprob
 from .logprob import LogProbs
 
 
@@ -117,7 +116,7 @@ def logprobs_from_hidden(
         TypeError, ValueError: Naming the argument, what was given and what was expected; on CPU
             that includes labels out of range at live positions.
     """
-    hidden, weight = autocast(hidden, weight)
+    hidden, weight = _hidden.autocast(hidden, weight)
     vocab = check(hidden, weight, tokens, bias, vocab_size, chunk)
     logprob.check_transform(tokens, mask, softcap, logit_scale, ignore_index)
     temperatures, scalar = logprob.split_temperature(temperature, tokens)
@@ -137,16 +136,6 @@ def logprobs_from_hidden(
     return LogProbs(result[0], result[1]) if entropy else result[0]
 
 
-def autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    _checks.tensor("hidden", hidden, _checks.FLOATS)
-    _checks.tensor("weight", weight, _checks.FLOATS)
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        return hidden.to(dtype), weight.to(dtype)
-    return hidden, weight
-
-
 def check(
     hidden: Tensor,
     weight: Tensor,
@@ -156,40 +145,11 @@ def check(
     chunk: int | None,
 ) -> int:
     """The size of the vocabulary."""
-    for name, t in (("hidden", hidden), ("weight", weight)):
-        if hasattr(t, "full_tensor"):
-            raise TypeError(
-                f"{name}: expected a plain tensor, got a {type(t).__name__}; gather it with "
-                f"{name}.full_tensor() first"
-            )
-    if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        raise ValueError(f"hidden: expected shape [..., H] with H > 0, got {list(hidden.shape)}")
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight: expected shape [V, {hidden.shape[-1]}] (H of hidden) with V > 0, "
-            f"got {list(weight.shape)}"
-        )
-    _checks.tensor("weight", weight, (hidden.dtype,))
-    _checks.device("weight", weight, hidden, "as hidden")
+    _hidden.check_head(hidden, weight, bias)
     _checks.tensor("tokens", tokens, _checks.INDICES)
     _checks.shape("tokens", tokens, hidden.shape[:-1], "hidden without its last dimension")
     _checks.device("tokens", tokens, hidden, "as hidden")
-    if bias is not None:
-        _checks.tensor("bias", bias, _checks.FLOATS)
-        _checks.shape("bias", bias, weight.shape[:1], "V of weight")
-        _checks.device("bias", bias, hidden, "as hidden")
-    for name, value, high, step in (
-        ("vocab_size", vocab_size, weight.shape[0], 1),
-        ("chunk", chunk, None, _head.TILE),
-    ):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-        if value < 1 or value % step or (high is not None and value > high):
-            expected = f"a number from 1 to {high}" if high else f"a multiple of {step} above 0"
-            raise ValueError(f"{name}: expected {expected}, got {value}")
-    return weight.shape[0] if vocab_size is None else vocab_size
+    return _hidden.check_sizes(vocab_size, chunk, weight.shape[0])
 
 
 def reference(
@@ -200,14 +160,10 @@ def reference(
     mask: Tensor | None,
     *args: Any,
 ) -> tuple[Tensor, Tensor]:
-    dtype = _checks.compute_dtype(hidden)
     live = tokens != args[3]
     if mask is not None:
         live = live & (mask != 0)
-    # Selected away before any arithmetic: NaN under the mask must not reach the weight's gradient.
-    hidden = torch.where(live[..., None], hidden.to(dtype), 0.0)
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = F.linear(hidden, weight.to(dtype), bias if bias is None else bias.to(dtype))
+    logits = _hidden.all_logits(hidden, weight, bias, live)
     return logprob.reference(logits, tokens, mask, *args)
 
 
@@ -254,23 +210,6 @@ def _fake_forward(hidden: Tensor, weight: Tensor, bias: Any, tokens: Tensor, *ar
     )
 
 
-def _fake_backward(
-    g: Any, h: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_gradients(hidden, weight, bias, args[-1])
-
-
-def fake_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _checks.compute_dtype(hidden) if bias is None else bias.dtype
-    return (
-        hidden.new_empty(hidden.shape if needs[0] else (0, hidden.shape[-1])),
-        weight.new_empty(weight.shape if needs[1] else (0,)),
-        weight.new_empty(weight.shape[:1] if needs[2] else (0,), dtype=dtype),
-    )
-
-
 _SETTINGS = (
     "float temperature, float softcap, float logit_scale, int ignore_index, int vocab, int? chunk"
 )
@@ -291,7 +230,9 @@ _BACKWARD = Op(
     "Tensor tokens, Tensor? mask, Tensor? temperatures, Tensor logprobs, Tensor state, "
     f"{_SETTINGS}, bool[] needs) -> (Tensor, Tensor, Tensor)",
     function="logprobs_from_hidden",
-    fake=_fake_backward,
+    fake=lambda g, h, hidden, weight, bias, *args: _hidden.fake_gradients(
+        hidden, weight, bias, args[-1]
+    ),
     cpu=cpu(native.hidden_logprob_backward),
     cuda=cuda(native.hidden_logprob_backward),
     triton=triton("hidden", "hidden_logprob_backward"),

@@ -15,7 +15,7 @@ from ..cuda import kernel as cuda
 from ..metrics import POLICY_STATS, PolicyMetrics
 from ..native import ppo_loss as native
 from ..triton import kernel as triton
-from . import _aggregation, _objective, _policy, logprob, logprob_hidden
+from . import _aggregation, _hidden, _objective, _policy, logprob, logprob_hidden
 from ._objective import Objective
 
 
@@ -241,7 +241,7 @@ def ppo_loss_from_hidden(
         TypeError, ValueError: Naming the argument, what was given and what was expected; on CPU
             that includes labels out of range at live positions.
     """
-    hidden, weight = logprob_hidden.autocast(hidden, weight)
+    hidden, weight = _hidden.autocast(hidden, weight)
     vocab = logprob_hidden.check(hidden, weight, tokens, bias, vocab_size, chunk)
     logprob.check_transform(tokens, mask, softcap, logit_scale, ignore_index)
     temperatures, scalar = logprob.split_temperature(temperature, tokens)
@@ -377,7 +377,7 @@ def _fake_from_logits(logits: Tensor, tokens: Tensor, *args: Any) -> tuple[Tenso
 def _fake_from_hidden(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    gradients = logprob_hidden.fake_gradients(hidden, weight, bias, args[6])
+    gradients = _hidden.fake_gradients(hidden, weight, bias, args[6])
     return *_fake(hidden, tokens, *args), *gradients
 
 
