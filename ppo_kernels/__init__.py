@@ -11,6 +11,7 @@ from ._faults import check
 from ._op import op_counts, reset_op_counts, use_backend
 from .metrics import PolicyMetrics, ValueMetrics, reduce_metrics
 from .ops.categorical_kl import categorical_kl
+from .ops.categorical_kl_hidden import categorical_kl_from_hidden
 from .ops.clipped_loss import ClippedLoss, clipped_loss
 from .ops.gae import GAE, gae
 from .ops.kl import kl_penalty
@@ -35,6 +36,7 @@ __all__ = [
     "ValueLoss",
     "ValueMetrics",
     "categorical_kl",
+    "categorical_kl_from_hidden",
     "check",
     "clipped_loss",
     "discounted_returns",

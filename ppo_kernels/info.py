@@ -81,6 +81,6 @@ def report() -> str:
         for name in BACKENDS:
             reason = next(filter(None, (refusal(op, name, device) for op in ops)), None)
             lines.append(
-                f"  {function:22} {name:6} {'runs' if reason is None else f'off: {reason}'}"
+                f"  {function:26} {name:6} {'runs' if reason is None else f'off: {reason}'}"
             )
     return "\n".join(lines)

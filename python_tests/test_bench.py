@@ -36,6 +36,10 @@ def jobs(monkeypatch, *wanted):
 SUM = ("masked_sum", "", "8x256", "forward")
 WHITEN = ("whiten", "", "8x256", "forward+backward")
 LOSS = ("clipped_loss", "", "8x256", "forward+backward")
+OF_TORCH = (
+    *("eager", "eager logsumexp", "loop", "chunked", "checkpointed"),
+    *("linear_cross_entropy", "linear_cross_entropy chunked", "ours from all logits"),
+)
 
 
 # ---- cases --------------------------------------------------------------------------------------
@@ -44,9 +48,16 @@ LOSS = ("clipped_loss", "", "8x256", "forward+backward")
 def test_every_public_function_is_measured():
     functions = {op.function for op in OPS.values()}
     assert set(cases.FUNCTIONS) == functions
-    for jobs in cases.SIZES.values():
-        assert {job.benchmark.function for job in jobs()} == functions
+    for name, jobs in cases.SIZES.items():
+        measured = {job.benchmark.function for job in jobs()}
+        assert measured == (set(cases.OF_HIDDEN) if name == "memory" else functions)
         assert len(set(jobs())) == len(jobs())
+
+
+@pytest.mark.parametrize("sizes", cases.SIZES)
+def test_every_shape_has_the_dimensions_of_its_inputs(sizes):
+    for job in cases.SIZES[sizes]():
+        job.benchmark.inputs(torch.Generator(CPU), tuple(min(n, 8) for n in job.shape))
 
 
 def test_the_readme_cases_are_measured_by_default():
@@ -59,7 +70,7 @@ def test_the_readme_cases_are_measured_by_default():
     }
     assert set(summary.HEADLINES) <= measured["default"] | measured["gpu"]
     for cases_of_size in measured.values():
-        at_8_tokens = {m[0] for m in cases_of_size if m[2] in ("1x8", "8x8")}
+        at_8_tokens = {m[0] for m in cases_of_size if m[2] in ("1x8", "8x8", "8x8x8")}
         assert at_8_tokens == set(cases.FUNCTIONS)
 
 
@@ -77,7 +88,7 @@ def test_every_baseline_computes_the_same(key):
     benchmark = cases.BENCHMARKS[key]
     for dtype in (torch.float32, torch.bfloat16):
         job = cases.Job(benchmark, benchmark.check, dtype, cases.BACKWARD)
-        for name in ("eager", "eager logsumexp", "loop", "chunked", "linear_cross_entropy"):
+        for name in OF_TORCH:
             if name in benchmark.baselines:
                 contender = run.Contender(job, name)
                 assert run.judged(contender, contender.load(CPU), CPU) <= run.SAME[dtype]
@@ -403,8 +414,13 @@ def test_figures(tmp_path):
         for v in (8192, 50257)
         for dtype in ("float32", "bfloat16")
     ]
-    names = [p.name for p in plot.draw([*gae, *logprob], tmp_path)]
-    assert names == ["speed.png", "scan.png", "error.png", "memory.png"]
+    hidden = [
+        row(function=f, size=size, peak_mib=peak, direction="forward+backward")
+        for f in cases.OF_HIDDEN
+        for size, peak in (("8x4x100", 2.0), ("8x4x200", 3.0), ("16x4x100", 2.0))
+    ]
+    names = [p.name for p in plot.draw([*gae, *logprob, *hidden], tmp_path)]
+    assert names == ["speed.png", "scan.png", "error.png", "memory.png", "memory_hidden.png"]
     assert all((tmp_path / n).read_bytes().startswith(b"\x89PNG") for n in names)
     assert plot.draw([row(status="failed", median_ms=None)], tmp_path / "none") == []
 

@@ -25,7 +25,7 @@ HIDDEN = (300, 256, 50257) if ON_GPU else (3, 8, 70)
 MANY, LENGTH = (2**15 + 1, 2**16) if ON_GPU else (3, 40)
 
 OPS = list(BENCHMARKS.values())
-# logprobs_from_hidden waits for the number of live rows, and has a product that autocast narrows.
+# What is made from hidden states waits for the number of live rows, and autocast narrows it.
 OF_KERNELS_ALONE = [op for op in OPS if op.products is None]
 OF_LOGITS = ("logprobs_from_logits", "categorical_kl")
 on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="torch sees no GPU")

@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import ppo_kernels
 
@@ -124,6 +126,44 @@ def _hidden(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
     return _logprobs(hidden @ weight.mT, tokens)
 
 
+def _hidden_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
+    """In fp32: logits rounded to half precision are too coarse for their differences."""
+    logits = hidden.float() @ weight.float().mT
+    return _categorical_kl(logits, ref_hidden.float() @ ref_weight.float().mT)
+
+
+def _checkpointed(function: Function, *of_rows: str, rows: int = 256) -> Baseline:
+    """A loop over some rows of these arguments at a time, whose logits backward makes again."""
+
+    def call(**inputs: Tensor) -> Tensor:
+        parts = []
+        for begin in range(0, len(inputs["hidden"]), rows):
+            cut = {k: inputs[k][begin : begin + rows] for k in of_rows}
+            part = partial(function, **(inputs | cut))
+            parts.append(checkpoint(part, use_reentrant=False))
+        return torch.cat(parts)
+
+    return Baseline(lambda device: call)
+
+
+def _trl_hidden(function: Any) -> Function:
+    return lambda hidden, weight, tokens: function.apply(
+        hidden, weight, None, tokens, 1.0, 32768, None, 1.0, ()
+    )[0]
+
+
+def _trl_hidden_kl(function: Any) -> Function:
+    """Its beta of 1 is the divergence of the student, the policy, from the teacher."""
+    return lambda hidden, weight, ref_hidden, ref_weight: function.apply(
+        hidden, weight, None, ref_hidden, ref_weight, None, 1.0
+    )[0]
+
+
+def _verl_hidden(function: Any) -> Function:
+    """Which makes the entropy too."""
+    return lambda hidden, weight, tokens: function.apply(hidden, weight, tokens)[0]
+
+
 def _linear_cross_entropy(chunked: bool) -> Baseline:
     def load(device: torch.device) -> Function:
         if not hasattr(F, "linear_cross_entropy"):
@@ -155,10 +195,20 @@ def _full_logits(device: torch.device) -> Function:
 
 HIDDEN = {
     **torch_and_inductor(_hidden),
+    "checkpointed": _checkpointed(_hidden, "hidden", "tokens"),
     "linear_cross_entropy": _linear_cross_entropy(chunked=False),
     "linear_cross_entropy chunked": _linear_cross_entropy(chunked=True),
     "ours from all logits": Baseline(_full_logits),
     "liger": Baseline(_liger),
+    "trl": peer("trl.kernels.chunked_logprob", "ChunkedLogProbFunction", _trl_hidden),
+    "verl": peer(
+        "verl.utils.experimental.torch_functional", "FusedLinearForPPOFunction", _verl_hidden
+    ),
+}
+HIDDEN_KL = {
+    **torch_and_inductor(_hidden_kl),
+    "checkpointed": _checkpointed(_hidden_kl, "hidden", "ref_hidden"),
+    "trl": peer("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction", _trl_hidden_kl),
 }
 
 

@@ -142,6 +142,16 @@ def _hidden(g: torch.Generator, shape: Shape) -> Inputs:
     }
 
 
+def _two_hidden(g: torch.Generator, shape: Shape) -> Inputs:
+    made = _hidden(g, shape)
+    return {
+        "hidden": made["hidden"],
+        "weight": made["weight"],
+        "ref_hidden": _normal(g, made["hidden"].shape).mul_(0.3).add_(made["hidden"]),
+        "ref_weight": made["weight"].clone(),
+    }
+
+
 def _responses(g: torch.Generator, shape: Shape) -> Tensor:
     """A mask of one response per row: it starts with the row and fills half of it or more."""
     rows, steps = shape
@@ -233,6 +243,8 @@ def _head_products(inputs: Inputs, backward: bool) -> Callable[[], object]:
     logits = hidden @ weight.mT
 
     def products() -> None:
+        if "ref_hidden" in inputs:
+            torch.mm(inputs["ref_hidden"], inputs["ref_weight"].mT, out=logits)
         torch.mm(hidden, weight.mT, out=logits)
         if backward:
             logits @ weight
@@ -287,6 +299,15 @@ _ALL = (
         baselines.CATEGORICAL_KL,
         again=("logits", "ref_logits"),
     ),
+    Benchmark(
+        "categorical_kl_from_hidden",
+        "",
+        _two_hidden,
+        ("hidden", "weight"),
+        (8, 64, 5003),
+        baselines.HIDDEN_KL,
+        products=_head_products,
+    ),
     Benchmark("clipped_loss", "", _clipped_loss, ("logprobs",), (8, 512), baselines.CLIPPED_LOSS),
     Benchmark("value_loss", "", _value_loss, ("values",), (8, 512), baselines.VALUE_LOSS),
     Benchmark(
@@ -329,6 +350,7 @@ _ALL = (
 BENCHMARKS = {(b.function, b.variant): b for b in _ALL if hasattr(ppo_kernels, b.function)}
 FUNCTIONS = tuple(dict.fromkeys(function for function, _ in BENCHMARKS))
 
+OF_HIDDEN = ("logprobs_from_hidden", "categorical_kl_from_hidden")
 # Under PPO these make targets and rewards, and nothing flows back through them.
 CONSTANTS = ("gae", "discounted_returns", "shape_rewards", "vtrace")
 
@@ -356,16 +378,20 @@ def _jobs(
 
 def _per_token(shapes: list[Shape], dtypes: tuple[torch.dtype, ...] = _FP32) -> list[Job]:
     """Everything that takes [B, T]."""
-    of_logits = ("logprobs_from_logits", "categorical_kl")
-    names = [key for key in BENCHMARKS if key[0] not in of_logits and key[1] != "packed"]
+    others = ("logprobs_from_logits", "categorical_kl", *OF_HIDDEN)
+    names = [key for key in BENCHMARKS if key[0] not in others and key[1] != "packed"]
     return [job for name in names for job in _jobs(*name, shapes, dtypes)]
+
+
+def _of_hidden(shapes: list[Shape], dtypes: tuple[torch.dtype, ...] = _FP32) -> list[Job]:
+    return [job for name in OF_HIDDEN for job in _jobs(name, "", shapes, dtypes)]
 
 
 def _small() -> list[Job]:
     return [
         *_jobs("logprobs_from_logits", "", [(8, 1009)]),
         *_jobs("logprobs_from_logits", "entropy", [(8, 1009)], _HALF),
-        *_jobs("logprobs_from_hidden", "", [(8, 16, 1009)]),
+        *_of_hidden([(8, 8, 8), (8, 16, 1009)]),
         *_jobs("categorical_kl", "", [(8, 1009)]),
         *_per_token([(1, 8), (8, 256)]),
         *_jobs("gae", "packed", [(4096,)]),
@@ -381,8 +407,8 @@ def _default() -> list[Job]:
         *_jobs("logprobs_from_logits", "", logits[1:2], (torch.float16,)),
         *_jobs("logprobs_from_logits", "", [(256, v) for v in (8192, 32000, 128256)]),
         *_jobs("logprobs_from_logits", "entropy", logits[2:], (*_FP32, *_HALF)),
-        *_jobs("logprobs_from_hidden", "", [(512, 768, 50257), (2048, 768, 50257)]),
-        *_jobs("logprobs_from_hidden", "", [(2048, 768, 50257)], _HALF),
+        *_of_hidden([(8, 8, 8), (512, 768, 50257), (2048, 768, 50257)]),
+        *_of_hidden([(2048, 768, 50257)], _HALF),
         *_jobs("categorical_kl", "", [(8, 8)]),
         *_jobs("categorical_kl", "", logits[1:2], (*_FP32, *_HALF)),
         *_per_token([(1, 8), (64, 1024), (64, 16384)]),
@@ -398,7 +424,7 @@ def _large() -> list[Job]:
         *_jobs("logprobs_from_logits", "", [(4096, 152064)], _HALF),
         *_jobs("logprobs_from_logits", "entropy", [(4096, 152064)], _HALF),
         *_jobs("logprobs_from_logits", "", [(1, 262144), (4, 262144)]),
-        *_jobs("logprobs_from_hidden", "", [(2048, 2048, 50257)]),
+        *_of_hidden([(2048, 2048, 50257)]),
         *_jobs("categorical_kl", "", [(2048, 152064)], _HALF),
         *_per_token([(1024, 16384)]),
         *_jobs("gae", "", [(16, 1048576), (1, 16777216)]),
@@ -418,13 +444,22 @@ def _gpu() -> list[Job]:
         *_jobs("gae", "packed", [(67108864,), (1048576,)]),
         *_jobs("categorical_kl", "", [(4096, 151936)], _HALF),
         *_jobs("logprobs_from_logits", "", [(8192, 50257), (8, 151936)]),
-        *_jobs("logprobs_from_hidden", "", [(4096, 4096, 151936)], _HALF),
+        *_of_hidden([(4096, 4096, 151936)], _HALF),
         *_per_token([(1, 8), (64, 16384)]),
         *_jobs("logprobs_from_logits", "", [(8, 8)]),
         *_jobs("categorical_kl", "", [(8, 8)]),
+        *_of_hidden([(8, 8, 8)]),
         *_per_token([(64, 16384)], _HALF),
         *_jobs("logprobs_from_logits", "", [(8192, v) for v in (8192, 32000, 128256)]),
     ]
+
+
+def _memory() -> list[Job]:
+    """Peak memory from hidden states, against the vocabulary and against the tokens."""
+    vocabularies: list[Shape] = [(512, 64, 1 << k) for k in (15, 16, 17, 18)]
+    tokens: list[Shape] = [(1 << k, 64, 32768) for k in (10, 11, 12, 13)]
+    jobs = _of_hidden([*vocabularies, *tokens])
+    return [job for job in jobs if job.direction == BACKWARD]
 
 
 SIZES: dict[str, Callable[[], list[Job]]] = {
@@ -432,4 +467,5 @@ SIZES: dict[str, Callable[[], list[Job]]] = {
     "default": _default,
     "large": _large,
     "gpu": _gpu,
+    "memory": _memory,
 }

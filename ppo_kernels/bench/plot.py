@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     from matplotlib import pyplot
 
     rows = _one_machine(rows)
-    figures = {"speed": _speed, "scan": _scan, "error": _error, "memory": _memory}
+    figures = {
+        "speed": _speed,
+        "scan": _scan,
+        "error": _error,
+        "memory": _memory,
+        "memory_hidden": _memory_hidden,
+    }
     written = []
     for name, figure in figures.items():
         drawn = figure(rows)
@@ -183,7 +190,39 @@ def _memory(rows: Sequence[Row]) -> Any:
     titles = [f"logprobs_from_logits, {count} tokens, {how}" for count, how in panels]
     figure, axes = _grid(titles, "vocabulary", "peak MiB beyond the inputs")
     for a, panel in zip(axes, panels.values(), strict=True):
-        _lines(a, _series(panel, lambda r: float(r.size.split("x")[1]), "peak_mib"))
+        _lines(a, _series(panel, partial(_dimension, 1), "peak_mib"))
         a.set_yscale("symlog", linthresh=1)
         a.legend(fontsize=6)
     return figure
+
+
+def _memory_hidden(rows: Sequence[Row]) -> Any:
+    """Peak memory from hidden states, forward and backward: against vocabulary, against tokens.
+
+    Each at the sizes where most others were measured.
+    """
+    measured = [r for r in rows if r.function.endswith("_from_hidden") and _backward(r)]
+    measured = [r for r in measured if r.dtype == "float32" and r.peak_mib is not None]
+    panels: dict[str, tuple[list[Row], int]] = {}
+    for function in dict.fromkeys(r.function for r in measured):
+        for axis, fixed in ((2, "{} tokens, H = {}"), (0, "H = {}, V = {}")):
+            groups: dict[str, list[Row]] = {}
+            for row in measured:
+                size = row.size.split("x")
+                del size[axis]
+                if row.function == function:
+                    groups.setdefault(fixed.format(*size), []).append(row)
+            most = max(groups, key=lambda k: len({r.size for r in groups[k]}))
+            if len({r.size for r in groups[most]}) > 1:
+                panels[f"{function}, {most}"] = (groups[most], axis)
+    if not panels:
+        return None
+    figure, axes = _grid(list(panels), "vocabulary; tokens", "peak MiB beyond the inputs")
+    for a, (panel, axis) in zip(axes, panels.values(), strict=True):
+        _lines(a, _series(panel, partial(_dimension, axis), "peak_mib"))
+        a.legend(fontsize=6)
+    return figure
+
+
+def _dimension(axis: int, row: Row) -> float:
+    return float(row.size.split("x")[axis])

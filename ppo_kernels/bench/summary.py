@@ -10,7 +10,7 @@ from .results import OURS, Row, case_name, find, number, place_of, ratio_of
 
 EAGER = ("eager", "chunked")
 LEVELS = ("generic", "avx2", "avx512")
-CALLS = ("8x8", "1x8", "8")  # sizes of 8 tokens
+CALLS = ("8x8", "1x8", "8", "8x8x8")  # sizes of 8 tokens
 
 # The cases of the README: those of a CPU, then those of a GPU; what was not measured is left out.
 HEADLINES: tuple[tuple[str, str, str, str, str], ...] = (
@@ -21,6 +21,7 @@ HEADLINES: tuple[tuple[str, str, str, str, str], ...] = (
     ("logprobs_from_logits", "", "2048x50257", "bfloat16", "forward+backward"),
     ("logprobs_from_hidden", "", "2048x768x50257", "float32", "forward"),
     ("logprobs_from_hidden", "", "2048x768x50257", "float32", "forward+backward"),
+    ("categorical_kl_from_hidden", "", "2048x768x50257", "float32", "forward+backward"),
     ("clipped_loss", "", "64x16384", "float32", "forward+backward"),
     ("value_loss", "", "64x16384", "float32", "forward+backward"),
     ("gae", "", "64x8192", "float32", "forward"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import _checks
@@ -30,8 +32,21 @@ def categorical_kl_forward(
     return kl, state
 
 
-def categorical_kl_backward(
+def categorical_kl_backward(native: Native, *args: Any) -> Tensor:
+    logits: Tensor = args[1]
+    grad = native.empty_large(logits.shape, logits.dtype)
+    _categorical_kl_backward(native, grad, *args)
+    return grad
+
+
+def categorical_kl_backward_(native: Native, *args: Any) -> None:
+    """Over the logits, which are rows [N, V]."""
+    _categorical_kl_backward(native, args[1], *args)
+
+
+def _categorical_kl_backward(
     native: Native,
+    grad: Tensor,
     grad_kl: Tensor,
     logits: Tensor,
     ref_logits: Tensor,
@@ -40,8 +55,7 @@ def categorical_kl_backward(
     state: Tensor,
     reverse: bool,
     temperature: float,
-) -> Tensor:
-    grad = native.empty_large(logits.shape, logits.dtype)
+) -> None:
     logits, ref_logits = two_leading(logits, 1), two_leading(ref_logits, 1)
     grad_kl, mask = two_leading_each(grad_kl, mask)
     first, second = (ref_logits, logits) if reverse else (logits, ref_logits)
@@ -50,4 +64,3 @@ def categorical_kl_backward(
         *rows_cols(grad_kl), logits.shape[-1], reverse, temperature,
         rows(two_leading(grad, 1), 1), native.target(),
     )  # fmt: skip
-    return grad

@@ -18,9 +18,12 @@ from . import Native, logprob
 
 
 class Rows(NamedTuple):
-    """logprob_forward and logprob_backward_ of a backend, and how it makes large tensors."""
+    """A backend's kernels of rows of logits, and how it makes large tensors.
 
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    `backward_` writes the gradient of the logits over them.
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
     backward_: Callable[..., None]
     empty_large: Callable[..., Tensor]
 

@@ -77,14 +77,14 @@ def categorical_kl(
     served_by = _FORWARD.resolve(logits.device, backend)
     if served_by == "torch":
         count("categorical_kl", "torch")
-        return _reference(logits, ref_logits, mask, bool(reverse), float(temperature))
+        return reference(logits, ref_logits, mask, bool(reverse), float(temperature))
     result: Tensor = _FORWARD(
         logits, ref_logits, mask, bool(reverse), float(temperature), served_by
     )[0]
     return result
 
 
-def _reference(
+def reference(
     logits: Tensor, ref_logits: Tensor, mask: Tensor | None, reverse: bool, temperature: float
 ) -> Tensor:
     dtype = _checks.compute_dtype(logits, ref_logits)

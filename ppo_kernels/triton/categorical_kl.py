@@ -14,6 +14,7 @@ kernel: the same device functions in the same order, hence the same bits.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -347,7 +348,20 @@ def categorical_kl_forward(
     return kl, state
 
 
-def categorical_kl_backward(
+def categorical_kl_backward(*args: Any) -> Tensor:
+    logits: Tensor = args[1]
+    grad = logits.new_empty(logits.shape)
+    _categorical_kl_backward(grad, *args)
+    return grad
+
+
+def categorical_kl_backward_(*args: Any) -> None:
+    """Over the logits, which are rows [N, V] without gaps."""
+    _categorical_kl_backward(args[1], *args)
+
+
+def _categorical_kl_backward(
+    grad: Tensor,
     grad_kl: Tensor,
     logits: Tensor,
     ref_logits: Tensor,
@@ -356,8 +370,7 @@ def categorical_kl_backward(
     state: Tensor,
     reverse: bool,
     temperature: float,
-) -> Tensor:
-    grad = logits.new_empty(logits.shape)
+) -> None:
     rows, live, settings = _arguments(logits, ref_logits, mask, reverse, temperature)
     (grad_kl,) = two_leading_each(grad_kl)
     wide = kl.dtype == torch.float64
@@ -368,4 +381,3 @@ def categorical_kl_backward(
         grad, blocks, *settings, config=config, BLOCK=config.block, REVERSE=reverse,
         DTYPE=tl.float64 if wide else tl.float32,
     )  # fmt: skip
-    return grad

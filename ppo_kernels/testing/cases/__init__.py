@@ -1,12 +1,23 @@
 """The cases, one module per op family."""
 
 from ..case import Case
-from . import categorical_kl, kl, logprob, logprob_hidden, losses, moments, ppo_loss, scan
+from . import (
+    categorical_kl,
+    categorical_kl_hidden,
+    kl,
+    logprob,
+    logprob_hidden,
+    losses,
+    moments,
+    ppo_loss,
+    scan,
+)
 
 CASES: list[Case] = [
     *logprob.cases(),
     *logprob_hidden.cases(),
     *categorical_kl.cases(),
+    *categorical_kl_hidden.cases(),
     *losses.cases(),
     *ppo_loss.cases(),
     *scan.cases(),
