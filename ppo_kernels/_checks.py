@@ -128,6 +128,24 @@ def choice(name: str, value: Any, known: Iterable[str]) -> None:
         raise ValueError(f"{name}: unknown {name} {value!r}, expected one of {', '.join(known)}")
 
 
+def row_faults(
+    tokens: Tensor, live: Tensor, temperatures: Tensor | None, vocab: int
+) -> list[tuple[int, Tensor]]:
+    """What kernels of rows complain about, and where."""
+    faults = [(BAD_TOKEN, live & ((tokens < 0) | (tokens >= vocab)))]
+    if temperatures is not None:
+        faults.append((BAD_TEMPERATURE, live & ~((temperatures > 0) & temperatures.isfinite())))
+    return faults
+
+
+def row_contents(tokens: Tensor, live: Tensor, temperatures: Tensor | None, vocab: int) -> None:
+    """The same, raised as kernels on a CPU raise it."""
+    for kind, bad in row_faults(tokens, live, temperatures, vocab):
+        if bad.any():
+            where = int(bad.flatten().nonzero()[0])
+            raise_row_fault((kind, where), vocab, tokens, temperatures)
+
+
 def raise_row_fault(
     fault: tuple[int, int], vocab: int, tokens: Tensor, temperatures: Tensor | None
 ) -> NoReturn:

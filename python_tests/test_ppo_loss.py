@@ -295,6 +295,19 @@ def test_in_place_a_leaf_is_refused(backend):
 
 
 @KERNELS
+def test_in_place_a_bad_label_leaves_the_logits(backend):
+    e = Example()
+    (leaf,) = e.leaves("logits")
+    logits = leaf * 1
+    e.mask[-1, -1] = True
+    e.tokens[-1, -1] = 10**6
+    with raises(backend, ValueError, "tokens: expected ids .* 1000000 at flat position 59"):
+        e.loss("logits", [logits], inplace=True, backend=backend)
+    if backend == "cpu":
+        assert torch.equal(logits.detach(), e.logits)
+
+
+@KERNELS
 def test_in_place_is_declared_when_compiled(backend):
     e = Example()
     (leaf,) = e.leaves("logits")

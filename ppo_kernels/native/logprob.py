@@ -47,15 +47,15 @@ def logprob_forward(
 def logprob_backward(native: Native, *args: Any) -> Tensor:
     logits: Tensor = args[2]
     grad = native.empty_large(logits.shape, logits.dtype)
-    _logprob_backward(native, grad, *args)
+    logprob_backward_into(native, grad, *args)
     return grad
 
 
 def logprob_backward_(native: Native, *args: Any) -> None:
-    _logprob_backward(native, args[2], *args)
+    logprob_backward_into(native, args[2], *args)
 
 
-def _logprob_backward(
+def logprob_backward_into(
     native: Native,
     grad_logits: Tensor,
     grad_logprobs: Tensor | None,

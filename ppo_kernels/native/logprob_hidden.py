@@ -88,6 +88,12 @@ class Scoring:
         self.entropies = hidden.new_empty(count if entropy else 0, dtype=dtype)
         self.state = hidden.new_empty((count, 3), dtype=dtype)
 
+    def select(self, t: Tensor) -> Tensor:
+        """Of one number for each token, those of the selected rows."""
+        selected = self.head.select(t.reshape(-1))
+        assert selected is not None
+        return selected
+
     def parts(self) -> Iterator[Scored]:
         memory = self.head.memory(self.rows.empty_large)
         for part in self.head.parts():
@@ -218,22 +224,16 @@ def _without_faults(
     On a CPU faults are raised here. On a GPU they are noted; the third result says where they are.
     Once is enough: backward does not report what forward did.
     """
-    if not (report or tokens.is_cuda):
-        return tokens, temperatures, None
-    bad_token = live & ((tokens < 0) | (tokens >= vocab))
-    faults = [(_checks.BAD_TOKEN, bad_token)]
-    if temperatures is not None:
-        bad = live & ~((temperatures > 0) & temperatures.isfinite())
-        faults.append((_checks.BAD_TEMPERATURE, bad))
     if not tokens.is_cuda:
-        for kind, bad in faults:
-            if bad.any():
-                _checks.raise_row_fault((kind, int(bad.nonzero()[0])), vocab, tokens, temperatures)
+        if report:
+            _checks.row_contents(tokens, live, temperatures, vocab)
         return tokens, temperatures, None
+    faults = _checks.row_faults(tokens, live, temperatures, vocab)
     for kind, bad in faults if report else ():
         _faults.note(bad, kind)
-    tokens = torch.where(bad_token, 0, tokens)
+    wrong = faults[0][1]
+    tokens = torch.where(wrong, 0, tokens)
     if temperatures is not None:
         temperatures = torch.where(faults[1][1], 1.0, temperatures)
-        return tokens, temperatures, bad_token | faults[1][1]
-    return tokens, temperatures, bad_token
+        wrong = wrong | faults[1][1]
+    return tokens, temperatures, wrong

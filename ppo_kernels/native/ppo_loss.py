@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._head import Head, Part
 from ..ops._aggregation import AGGREGATIONS, Batch, Frame
 from ..ops._objective import Objective, total
 from . import Native, kl, logprob, logprob_hidden, losses, moments
@@ -22,10 +21,14 @@ from .logprob_hidden import Gradients, Rows, Scoring
 
 
 class Kernels(NamedTuple):
-    """The functions of one backend, with the arguments of their ops' schemas."""
+    """The functions of one backend, with the arguments of their ops' schemas.
+
+    Attributes:
+        backward_into: logprob_backward, with the tensor it is to write as first argument.
+    """
 
     rows: Rows
-    logprob_backward: Callable[..., Tensor]
+    backward_into: Callable[..., None]
     clipped_loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
     kl_forward: Callable[..., Tensor]
     kl_backward: Callable[..., Tensor]
@@ -47,7 +50,7 @@ def ppo_loss_from_hidden(native: Native, *args: Any) -> tuple[Tensor, ...]:
 def _kernels(native: Native) -> Kernels:
     return Kernels(
         logprob_hidden.rows_of(native),
-        partial(logprob.logprob_backward, native),
+        partial(logprob.logprob_backward_into, native),
         partial(losses.clipped_loss, native),
         partial(kl.kl_forward, native),
         partial(kl.kl_backward, native),
@@ -82,11 +85,9 @@ def from_logits(
     if not o.frame.needs_gradient:
         return *result, logits.new_empty(0)
     g, h = tail.gradients(o, tail.weights, logprobs, policy)
-    arguments = (g, h, logits, *labels, logprobs, state, *settings)
-    if overwrite:
-        k.rows.backward_(*arguments)
-        return result
-    return *result, k.logprob_backward(*arguments)
+    grad = logits if overwrite else k.rows.empty_large(logits.shape, logits.dtype)
+    k.backward_into(grad, g, h, logits, *labels, logprobs, state, *settings)
+    return result if overwrite else (*result, grad)
 
 
 def from_hidden(
@@ -112,10 +113,12 @@ def from_hidden(
     gradients = Gradients(scoring.head, hidden, weight, bias, needs)
     tail = _Tail(k, o, tokens, scoring.head.dtype)
     at_once = any(needs) and not o.whole_sequences
-    parts = _Parts(o, tokens, tail.weights, scoring.head) if at_once else None
+    parts = None
+    if at_once:
+        parts = _Parts(o, tokens, tail.weights, scoring.select, scoring.head.live)
     for scored in scoring.parts():
         if parts is not None:
-            g, h = tail.gradients(*parts.of(scored.part), scored.logprobs)
+            g, h = tail.gradients(*parts.of(scored.part.rows), scored.logprobs)
             k.rows.backward_(
                 g, h, scored.logits, *scored.labels, scored.logprobs, scored.state, *settings
             )
@@ -188,29 +191,31 @@ class _Tail:
 
 
 class _Parts:
-    """An objective of tokens, cut as the rows of hidden states are."""
+    """An objective of tokens, cut as their rows are; `rows` makes one row of a token of each."""
 
-    def __init__(self, o: Objective, tokens: Tensor, weights: Tensor, head: Head) -> None:
-        self.o, self.head, self.shape = o.by_tokens(tokens), head, tokens.shape
-        self.constants = self._rows(o.old_logprobs), self._rows(self.o.advantages)
-        self.ref_logprobs = None if o.ref_logprobs is None else self._rows(o.ref_logprobs)
-        self.weights = self._rows(weights)
+    def __init__(
+        self,
+        o: Objective,
+        tokens: Tensor,
+        weights: Tensor,
+        rows: Callable[[Tensor], Tensor],
+        live: Tensor | None,
+    ) -> None:
+        self.o, self.live = o.by_tokens(tokens), live
+        self.old_logprobs, self.advantages, self.weights = (
+            rows(t.expand(tokens.shape)) for t in (o.old_logprobs, self.o.advantages, weights)
+        )
+        self.ref_logprobs = None if o.ref_logprobs is None else rows(o.ref_logprobs)
 
-    def of(self, part: Part) -> tuple[Objective, Tensor]:
+    def of(self, at: Any) -> tuple[Objective, Tensor]:
         """The objective of a part's tokens, as a sum, and their weights."""
-        at = part.rows
         o = self.o._replace(
-            old_logprobs=self.constants[0][at],
-            advantages=self.constants[1][at],
+            old_logprobs=self.old_logprobs[at],
+            advantages=self.advantages[at],
             ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[at],
             frame=Frame(
-                None if self.head.live is None else self.head.live[at],
+                None if self.live is None else self.live[at],
                 None, AGGREGATIONS.index("token-sum"), None, 1.0, None, True,
             ),
         )  # fmt: skip
         return o, self.weights[at]
-
-    def _rows(self, t: Tensor) -> Tensor:
-        selected = self.head.select(t.expand(self.shape).reshape(-1))
-        assert selected is not None
-        return selected

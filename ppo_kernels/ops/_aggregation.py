@@ -161,6 +161,7 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Op, public_name: str, live: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # for the gradient itself, which has none
         loss, stats, gradient = op.below(live, *args)
         ctx.save_for_backward(gradient)
         ctx.public_name, ctx.dtype, ctx.backend, ctx.constants = (

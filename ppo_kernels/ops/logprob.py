@@ -184,7 +184,8 @@ def reference(
     if mask is not None:
         live = live & (mask != 0)
     if not torch.compiler.is_compiling() and logits.device.type != "meta":
-        _check_data(tokens, live, temperature, logits.shape[-1])
+        temperatures = temperature if isinstance(temperature, Tensor) else None
+        _checks.row_contents(tokens, live, temperatures, logits.shape[-1])
     z = logits if logits.dtype == torch.float64 else logits.float()
     # Selected away before any arithmetic: a NaN under the mask must not reach a product, forward or
     # backward.
@@ -215,20 +216,6 @@ def _logsumexp(z: Tensor) -> Tensor:
     """The logsumexp over the last dimension, with a zero gradient where all is -inf (V = 1)."""
     empty = (z == -torch.inf).all(-1)
     return torch.where(empty, -torch.inf, torch.where(empty[..., None], 0.0, z).logsumexp(-1))
-
-
-def _check_data(tokens: Tensor, live: Tensor, temperature: float | Tensor, vocab: int) -> None:
-    faults = [(_checks.BAD_TOKEN, live & ((tokens < 0) | (tokens >= vocab)))]
-    temperatures = None
-    if isinstance(temperature, Tensor):
-        temperatures = temperature
-        faults.append(
-            (_checks.BAD_TEMPERATURE, live & ~((temperature > 0) & temperature.isfinite()))
-        )
-    for kind, bad in faults:
-        if bad.any():
-            where = int(bad.flatten().nonzero()[0])
-            _checks.raise_row_fault((kind, where), vocab, tokens, temperatures)
 
 
 class _Logprob(torch.autograd.Function):

@@ -68,10 +68,8 @@ def ppo_loss_from_logits(
             + \beta \sum_t w_t\, \mathrm{kl}(\log p_t, \log p^{ref}_t) - \alpha \sum_t w_t H_t
 
     with log p and H of `logprobs_from_logits`, L_policy and its weights w of `clipped_loss`, kl of
-    `kl_penalty`, alpha = `entropy_coef` and beta = `kl_coef`. A row of logits is read, and while it
-    is at hand its gradient is written: forward and backward in one, where the three functions one
-    after another would read the logits twice. Where a token's loss depends on its whole sequence
-    they are read twice here too.
+    `kl_penalty`, alpha = `entropy_coef` and beta = `kl_coef`. Nothing is kept for backward but the
+    gradient, which may take the place of the logits.
 
     Equivalent to::
 
@@ -293,6 +291,7 @@ class _PPOLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Op, *args: Any) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # zeros as large as the logits
         loss, *rest = op.below(*args)
         gradients = rest[4:]
         if not gradients:  # written into the logits, which the schema says and the counter must

@@ -427,15 +427,15 @@ def logprob_forward(logits: Tensor, tokens: Tensor, *args: Any) -> tuple[Tensor,
 def logprob_backward(*args: Any) -> Tensor:
     logits: Tensor = args[2]
     grad = logits.new_empty(logits.shape)
-    _logprob_backward(grad, *args)
+    logprob_backward_into(grad, *args)
     return grad
 
 
 def logprob_backward_(*args: Any) -> None:
-    _logprob_backward(args[2], *args)
+    logprob_backward_into(args[2], *args)
 
 
-def _logprob_backward(
+def logprob_backward_into(
     grad_logits: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,

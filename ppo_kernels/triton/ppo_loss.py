@@ -25,7 +25,7 @@ def ppo_loss_from_hidden(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _kernels(like: Tensor) -> Kernels:
     return Kernels(
         rows_of(like),
-        logprob.logprob_backward,
+        logprob.logprob_backward_into,
         losses.clipped_loss,
         kl.kl_forward,
         kl.kl_backward,
