@@ -94,7 +94,7 @@ enum Aggregation : int64_t {
   kSeqMeanTokenMean,
   kSeqSumNorm
 };
-enum PolicyVariant : int64_t { kClip };
+enum PolicyVariant : int64_t { kClip, kCispo, kSapo, kGpg, kGspo, kGmpo };
 
 // What every loss shares. Sequences are the rows, or the parts of a packed tensor between
 // cu_seqlens [sequences + 1]; 0 sequences: their boundaries are unknown.
@@ -111,7 +111,8 @@ struct ClippedLoss {
   View logprobs, old_logprobs, advantages;
   bool advantage_per_sequence;
   int64_t variant;
-  double low, high, dual, log_ratio_clamp;  // the last two may be inf: off
+  double low, high, dual,
+      log_ratio_clamp;  // as the variant uses them; the last two may be inf: off
   LossFrame frame;
 };
 

@@ -13,41 +13,84 @@
 namespace ppok {
 namespace PPOK_ISA {
 
-template <bool kDual>
-struct ClippedRatioOf {
-  template <class V>
-  using Token = ClippedRatio<V, kDual>;
+// What a kernel that merges sums needs of a loss.
+struct PolicySums {
+  static constexpr int kSums = 9, kExtremes = 2;
+  PPOK_HD static void publish(const double* total, double* stats) {
+    const double ratio = total[kSums - 2];  // no ratio is negative: NaN if any is
+    memcpy(stats, total, kSums * sizeof(double));
+    stats[kSums] = ratio == ratio ? total[kSums] : ratio;
+    stats[kSums + 1] = ratio == ratio ? -total[kSums + 1] : ratio;
+  }
 };
 
-// Variant::Token<V>{low, high, dual} maps (ratio, advantage) to a PolicyToken.
 template <class Variant, bool kClamp>
-struct PolicyLoss {
-  static constexpr int kSums = 9, kExtremes = 2;
-  double low, high, dual, clamp;
+struct PolicyLoss : PolicySums {
+  using Sums = PolicySums;
+  static constexpr bool kOfSequence = Variant::kOfSequence;
+  PolicyNumbers<double> numbers;
+  double clamp;
+
+  explicit PolicyLoss(const ClippedLoss& a)
+      : numbers{a.low, a.high, a.dual}, clamp(a.log_ratio_clamp) {}
+
+  // The numbers as lanes, and the clamp.
+  template <class Terms>
+  struct Setting {
+    using T = typename Terms::T;
+    using V = typename Terms::V;
+    const PolicyNumbers<V> numbers;
+    const T clamp;
+    PPOK_HD explicit Setting(const PolicyLoss& p)
+        : numbers{Terms::splat(p.numbers.low), Terms::splat(p.numbers.high),
+                  Terms::splat(p.numbers.dual)},
+          clamp(static_cast<T>(p.clamp)) {}
+    PPOK_HD_INLINE V clamped(V moved) const {
+      return kClamp ? clamp_ratio<T>(moved, clamp) : moved;
+    }
+  };
+
+  // The tokens of one sequence; the masked ones are zeros.
+  template <class Terms>
+  struct OfSequence {
+    using V = typename Terms::V;
+    const Setting<Terms> setting;
+    typename Terms::Sum log_ratio, advantage;
+    PPOK_HD explicit OfSequence(const PolicyLoss& p) : setting(p) {}
+    PPOK_HD_INLINE void add(V logprob, V old, V a) {
+      log_ratio.add(Variant::term(setting.clamped(logprob - old), a, setting.numbers));
+      advantage.add(a);
+    }
+  };
+  PPOK_HD static double statistic(double log_ratio, double advantage, int64_t live) {
+    return Variant::statistic(log_ratio / live, advantage / live);
+  }
 
   template <class Terms>
   struct Kernel {
     using T = typename Terms::T;
     using V = typename Terms::V;
-    const typename Variant::template Token<V> token_loss;
-    const T clamp;
+    const Setting<Terms> setting;
     typename Terms::SumInGroups loss, unclipped, k1, k3;
     typename Terms::Sum ratio, square;
     typename Terms::Count high, low, dual;
     typename Terms::Maximum largest, negated_smallest;
 
-    PPOK_HD explicit Kernel(const PolicyLoss& p)
-        : token_loss{Terms::splat(p.low), Terms::splat(p.high), Terms::splat(p.dual)},
-          clamp(static_cast<T>(p.clamp)) {}
+    PPOK_HD explicit Kernel(const PolicyLoss& p) : setting(p) {}
 
-    PPOK_HD_INLINE PolicyToken<V> add(V logprob, V old, V advantage, typename Terms::Mask live) {
+    PPOK_HD_INLINE PolicyToken<V> add(V logprob, V old, V advantage, V of_sequence,
+                                      typename Terms::Mask live) {
       const V zero{}, lowest = Terms::splat(-INFINITY);
-      const V moved = logprob - old;
-      const V x = kClamp ? clamp_ratio<T>(moved, clamp) : moved;
+      const V moved = logprob - old, x = setting.clamped(moved);
       const Exponential<V> exp = exponential<T>(x, Terms::exp_where);
       const V r = exp.exp, live_r = live ? r : zero;
-      PolicyToken<V> token = token_loss(r, advantage);
-      if (kClamp) token.slope = (moved > clamp) | (moved < -clamp) ? zero : token.slope;
+      PolicyToken<V> token =
+          Variant::of(PolicyInput<V>{logprob, x, r, exp.minus_one, advantage, of_sequence},
+                      setting.numbers, Terms::exp_where);
+      if (kClamp && Variant::kThroughRatio) {
+        const T clamp = setting.clamp;
+        token.slope = (moved > clamp) | (moved < -clamp) ? zero : token.slope;
+      }
       loss.add(token.loss);
       unclipped.add(zero - advantage * r);
       high.add(token.above_high);
@@ -84,18 +127,21 @@ struct PolicyLoss {
       memcpy(out, all, sizeof all);
     }
   };
+};
 
-  PPOK_HD void publish(const double* total, double* stats) const {
-    const double ratio = total[kSums - 2];  // no ratio is negative: NaN if any is
+struct SquaredErrorSums {
+  static constexpr int kSums = 7, kExtremes = 0;
+  PPOK_HD static void publish(const double* total, double* stats) {
     memcpy(stats, total, kSums * sizeof(double));
-    stats[kSums] = ratio == ratio ? total[kSums] : ratio;
-    stats[kSums + 1] = ratio == ratio ? -total[kSums + 1] : ratio;
   }
 };
 
-struct SquaredError {
-  static constexpr int kSums = 7, kExtremes = 0;
+struct SquaredError : SquaredErrorSums {
+  using Sums = SquaredErrorSums;
+  static constexpr bool kOfSequence = false;
   double clip, huber_delta;
+
+  explicit SquaredError(const ValueLoss& a) : clip(a.clip), huber_delta(a.huber_delta) {}
 
   template <class Terms>
   struct Kernel {
@@ -107,7 +153,7 @@ struct SquaredError {
     PPOK_HD explicit Kernel(const SquaredError& p)
         : token_loss{Terms::splat(p.clip), Terms::splat(p.huber_delta)} {}
 
-    PPOK_HD_INLINE ValueToken<V> add(V value, V old, V target, typename Terms::Mask) {
+    PPOK_HD_INLINE ValueToken<V> add(V value, V old, V target, V, typename Terms::Mask) {
       const ValueToken<V> token = token_loss(value, old, target);
       const V error = value - target;
       loss.add(token.loss);
@@ -129,10 +175,6 @@ struct SquaredError {
       memcpy(out, all, sizeof all);
     }
   };
-
-  PPOK_HD void publish(const double* total, double* stats) const {
-    memcpy(stats, total, kSums * sizeof(double));
-  }
 };
 
 // body(loss) for the loss that the arguments ask for.
@@ -140,17 +182,25 @@ template <class Body>
 auto with_loss(const ClippedLoss& a, Body&& body) {
   const bool bounded = a.dual < INFINITY || a.log_ratio_clamp < INFINITY;
   switch (a.variant) {
+    case kCispo:
+      return body(PolicyLoss<WeightedLogprob, true>(a));
+    case kSapo:
+      return body(PolicyLoss<SoftGate, true>(a));
+    case kGpg:
+      return body(PolicyLoss<PolicyGradient, true>(a));
+    case kGspo:
+      return body(PolicyLoss<ClippedSequenceRatio, true>(a));
+    case kGmpo:
+      return body(PolicyLoss<GeometricMean, true>(a));
     default:  // kClip
-      if (bounded)
-        return body(
-            PolicyLoss<ClippedRatioOf<true>, true>{a.low, a.high, a.dual, a.log_ratio_clamp});
-      return body(PolicyLoss<ClippedRatioOf<false>, false>{a.low, a.high, 0., 0.});
+      if (bounded) return body(PolicyLoss<ClippedRatio<true>, true>(a));
+      return body(PolicyLoss<ClippedRatio<false>, false>(a));
   }
 }
 
 template <class Body>
 auto with_loss(const ValueLoss& a, Body&& body) {
-  return body(SquaredError{a.clip, a.huber_delta});
+  return body(SquaredError(a));
 }
 
 // Three inputs per token; the third may come as one value per sequence.

@@ -62,27 +62,32 @@ class PolicyMetrics(NamedTuple):
 
     @property
     def loss(self) -> Tensor:
-        """Token mean of the clipped loss, whatever the aggregation."""
+        """Token mean of the loss, whatever the aggregation."""
         return self._mean("loss")
 
     @property
     def unclipped_loss(self) -> Tensor:
-        """Token mean of -A r."""
+        """Token mean of -A r, whatever the variant."""
         return self._mean("unclipped_loss")
 
     @property
     def clip_fraction(self) -> Tensor:
-        """Share of tokens whose gradient the ratio's bounds cut: high + low, not dual."""
+        """Share of tokens whose ratio a bound replaced: high + low, not dual.
+
+        Where A > 0 and r > 1 + clip_high, or A < 0 and r < 1 - clip_low; in cispo whatever A, in
+        gspo with the ratio of the sequence for r, in gmpo with log r and its bounds. sapo, gpg and
+        kl-cov have none.
+        """
         return self._mean("clipped_high") + self._mean("clipped_low")
 
     @property
     def clip_fraction_high(self) -> Tensor:
-        """Share of tokens with A > 0 and r > 1 + clip_high."""
+        """Share of tokens that were above their bound: A > 0 and r > 1 + clip_high."""
         return self._mean("clipped_high")
 
     @property
     def clip_fraction_low(self) -> Tensor:
-        """Share of tokens with A < 0 and r < 1 - clip_low."""
+        """Share of tokens that were below their bound: A < 0 and r < 1 - clip_low."""
         return self._mean("clipped_low")
 
     @property

@@ -91,6 +91,7 @@ struct Pass {
   const Sequences& bounds;
   const LiveCounts& counts;
   const double scale;  // weight of a token; kSeqMeanTokenMean divides it by its sequence's count
+  const double* statistics;  // of the sequences, if the loss has them
 
   struct Total {
     double weighted;  // of kSeqMeanTokenMean
@@ -98,33 +99,51 @@ struct Pass {
   };
 
   struct Tile {
-    const T *live, *constant, *target, *weight;
+    const T *live, *constant, *target, *weight, *of_sequence;
     const uint8_t* mask;
     T* gradient;
   };
 
+  // Of the live tokens of a sequence, in an order that starts with it: no bit depends on what is
+  // packed or padded beside it.
+  double statistic(int64_t sequence) const {
+    alignas(64) T buffers[3][kTile];
+    uint8_t mask_buffer[kTile];
+    typename Loss::template OfSequence<Terms<T>> sums(loss);
+    const auto add = [&](const Tile& tile, int64_t i) {
+      const Token token(tile, i);
+      sums.add(token.live, token.constant, token.target);
+    };
+    const int64_t stop = bounds.start(sequence + 1);
+    for (int64_t from = bounds.start(sequence); from < stop; from += kTile) {
+      const int64_t n = smaller(kTile, stop - from);
+      const Tile tile = read(from, n, buffers, mask_buffer);
+      int64_t i = 0;
+      for (; i + L::kWidth <= n; i += L::kWidth) add(tile, i);
+      if (i < n) add(Padded(tile, i, n - i).tile, 0);
+    }
+    return Loss::statistic(sums.log_ratio.total(), sums.advantage.total(),
+                           counts.per_sequence[sequence]);
+  }
+
   void run(int64_t from, int64_t stop, Total& total) const {
-    alignas(64) T buffers[4][kTile];
+    alignas(64) T buffers[4 + Loss::kOfSequence][kTile];
     uint8_t mask_buffer[kTile];
     typename Loss::template Kernel<Terms<T>> kernel(loss);
     Sum<T> weighted;
     for (; from < stop; from += kTile) {
       const int64_t n = smaller(kTile, stop - from);
-      Tile tile{};
-      tile.live = read_flat(in.live, f.cols, from, n, buffers[0]);
-      tile.constant =
-          in.constant.data ? read_flat(in.constant, f.cols, from, n, buffers[1]) : nullptr;
-      tile.target = buffers[2];
-      if (in.target_per_sequence)
-        fill(from, n, buffers[2], [&](int64_t s) { return read_one<T>(in.target, 0, s); });
-      else
-        tile.target = read_flat(in.target, f.cols, from, n, buffers[2]);
+      Tile tile = read(from, n, buffers, mask_buffer);
       if (f.aggregation == kSeqMeanTokenMean) {
         tile.weight = buffers[3];
         fill(from, n, buffers[3],
              [&](int64_t s) { return share_of<T>(scale, counts.per_sequence[s]); });
       }
-      if (f.mask.data) tile.mask = read_live(f.mask, f.cols, from, n, mask_buffer);
+      if (Loss::kOfSequence) {
+        tile.of_sequence = buffers[3 + Loss::kOfSequence];
+        fill(from, n, buffers[3 + Loss::kOfSequence],
+             [&](int64_t s) { return static_cast<T>(statistics[s]); });
+      }
       if (f.gradient.data) tile.gradient = static_cast<T*>(f.gradient.data) + from;
       int64_t i = 0;
       for (; i + kGroup * L::kWidth <= n; i += kGroup * L::kWidth) {
@@ -139,6 +158,20 @@ struct Pass {
     kernel.store(total.stats);
   }
 
+  PPOK_INLINE Tile read(int64_t from, int64_t n, T (*buffers)[kTile], uint8_t* mask_buffer) const {
+    Tile tile{};
+    tile.live = read_flat(in.live, f.cols, from, n, buffers[0]);
+    tile.constant =
+        in.constant.data ? read_flat(in.constant, f.cols, from, n, buffers[1]) : nullptr;
+    tile.target = buffers[2];
+    if (in.target_per_sequence)
+      fill(from, n, buffers[2], [&](int64_t s) { return read_one<T>(in.target, 0, s); });
+    else
+      tile.target = read_flat(in.target, f.cols, from, n, buffers[2]);
+    if (f.mask.data) tile.mask = read_live(f.mask, f.cols, from, n, mask_buffer);
+    return tile;
+  }
+
   template <class Value>
   PPOK_INLINE void fill(int64_t from, int64_t n, T* buffer, Value&& value) const {
     bounds.parts(from, from + n, [&](int64_t s, int64_t begin, int64_t end) {
@@ -147,40 +180,61 @@ struct Pass {
     });
   }
 
+  // A vector of tokens; what lies under the mask may be anything, and is selected away.
+  struct Token {
+    Mask is_live;
+    V live, constant, target;
+    PPOK_INLINE Token(const Tile& tile, int64_t i) {
+      const V zero{};
+      // Tiles are about a page long, and the hardware's prefetcher stops at its end.
+      __builtin_prefetch(tile.live + i + kTile);
+      __builtin_prefetch(tile.target + i + kTile);
+      if (tile.constant) __builtin_prefetch(tile.constant + i + kTile);
+      is_live = tile.mask ? L::nonzero(tile.mask + i) : zero == zero;
+      live = is_live ? L::load(tile.live + i) : zero;
+      constant = tile.constant ? (is_live ? L::load(tile.constant + i) : zero) : zero;
+      target = is_live ? L::load(tile.target + i) : zero;
+    }
+  };
+
   template <class Kernel>
   PPOK_INLINE void step(const Tile& tile, int64_t i, Kernel& kernel, Sum<T>& weighted) const {
-    const V zero{};
-    // Tiles are about a page long, and the hardware's prefetcher stops at its end.
-    __builtin_prefetch(tile.live + i + kTile);
-    __builtin_prefetch(tile.target + i + kTile);
-    if (tile.constant) __builtin_prefetch(tile.constant + i + kTile);
-    const Mask live = tile.mask ? L::nonzero(tile.mask + i) : zero == zero;
-    // Selected away, never multiplied away: what lies under the mask may be anything.
-    const V x = live ? L::load(tile.live + i) : zero;
-    const V constant = tile.constant ? (live ? L::load(tile.constant + i) : zero) : zero;
-    const V target = live ? L::load(tile.target + i) : zero;
-    const auto token = kernel.add(x, constant, target, live);
+    const Token in(tile, i);
+    V of_sequence{};
+    if (Loss::kOfSequence) of_sequence = in.is_live ? L::load(tile.of_sequence + i) : of_sequence;
+    const auto token = kernel.add(in.live, in.constant, in.target, of_sequence, in.is_live);
     const V weight = tile.weight ? L::load(tile.weight + i) : L::splat(scale);
     if (tile.weight) weighted.add(token.loss * weight);
     if (tile.gradient) L::store(tile.gradient + i, token.slope * weight);
   }
 
-  // The last tokens of a tile, fewer than a vector: padded with masked ones.
+  // The last n tokens of a tile, from i on, fewer than a vector: padded with masked ones.
+  struct Padded {
+    T tokens[5][L::kWidth] = {}, gradient[L::kWidth];
+    uint8_t mask[L::kWidth] = {};
+    Tile tile;
+
+    Padded(const Tile& whole, int64_t i, int64_t n) {
+      const auto pad = [&](const T* from, T* to) {
+        return from ? static_cast<const T*>(memcpy(to, from + i, n * sizeof(T))) : nullptr;
+      };
+      if (whole.mask)
+        memcpy(mask, whole.mask + i, n);
+      else
+        memset(mask, 1, n);
+      tile = {pad(whole.live, tokens[0]),         pad(whole.constant, tokens[1]),
+              pad(whole.target, tokens[2]),       pad(whole.weight, tokens[3]),
+              pad(whole.of_sequence, tokens[4]),  mask,
+              whole.gradient ? gradient : nullptr};
+    }
+    Padded(const Padded&) = delete;
+  };
+
   template <class Kernel>
   void tail(const Tile& tile, int64_t i, int64_t n, Kernel& kernel, Sum<T>& weighted) const {
-    T padded[4][L::kWidth] = {}, gradient[L::kWidth];
-    uint8_t mask[L::kWidth] = {};
-    const auto pad = [&](const T* from, T* to) {
-      return from ? static_cast<const T*>(memcpy(to, from + i, n * sizeof(T))) : nullptr;
-    };
-    if (tile.mask)
-      memcpy(mask, tile.mask + i, n);
-    else
-      memset(mask, 1, n);
-    step(Tile{pad(tile.live, padded[0]), pad(tile.constant, padded[1]), pad(tile.target, padded[2]),
-              pad(tile.weight, padded[3]), mask, tile.gradient ? gradient : nullptr},
-         0, kernel, weighted);
-    if (tile.gradient) memcpy(tile.gradient + i, gradient, n * sizeof(T));
+    const Padded rest(tile, i, n);
+    step(rest.tile, 0, kernel, weighted);
+    if (tile.gradient) memcpy(tile.gradient + i, rest.gradient, n * sizeof(T));
   }
 
   static void merge(Total& total, const Total& block) {
@@ -199,11 +253,18 @@ Fault reduce(const Loss& loss, const LossInputs& in, const LossFrame& f) {
   if (!bounds.valid()) return {kBadOffsets, 0};
   const LiveCounts counts(f, bounds);
   const double denominator = divisor(f, counts), scale = weight_of(denominator);
-  const P pass{loss, in, f, bounds, counts, scale};
+  const int threads = static_cast<int>(f.threads);
+  double* statistics = nullptr;
+  if constexpr (Loss::kOfSequence)
+    statistics = static_cast<double*>(malloc((bounds.count + 1) * sizeof(double)));
+  const P pass{loss, in, f, bounds, counts, scale, statistics};
+  if constexpr (Loss::kOfSequence) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1 && blocks > 1)
+    for (int64_t s = 0; s < bounds.count; ++s) statistics[s] = pass.statistic(s);
+  }
 
   typename P::Total total, *parts = &total;
   if (blocks > 1) parts = static_cast<typename P::Total*>(malloc(blocks * sizeof(total)));
-  const int threads = static_cast<int>(f.threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && blocks > 1)
   for (int64_t block = 0; block < blocks; ++block)
     pass.run(block * kBlock, smaller(tokens, (block + 1) * kBlock), parts[block]);
@@ -212,6 +273,7 @@ Fault reduce(const Loss& loss, const LossInputs& in, const LossFrame& f) {
     for (int64_t block = 1; block < blocks; ++block) P::merge(total, parts[block]);
     free(parts);
   }
+  free(statistics);
 
   *static_cast<T*>(f.loss.data) =
       static_cast<T>(aggregate(f, denominator, total.stats[0], total.weighted));

@@ -33,9 +33,10 @@ struct Call {
   bool target_per_sequence, lines;
   Counted* counted;
   Counter* per_sequence;
-  double* partials;  // [terms, groups]
+  double* statistics;  // of the sequences, if the loss has them
+  double* partials;    // [terms, groups]
 
-  Call(const LossInputs& in, const LossFrame& f, int terms, Parts& workspace)
+  Call(const LossInputs& in, const LossFrame& f, int terms, bool of_sequence, Parts& workspace)
       : f(f),
         sequences(sequences_of(f)),
         tokens{f.rows * f.cols, f.cols},
@@ -46,13 +47,15 @@ struct Call {
         mask(f.mask, f.rows, f.cols),
         target_per_sequence(in.target_per_sequence),
         counted(nullptr),
-        per_sequence(nullptr) {
+        per_sequence(nullptr),
+        statistics(nullptr) {
     lines = live.line && (constant.line || !in.constant.data) &&
             (target.line || target_per_sequence) && (mask.line || !f.mask.data);
     if (f.mask.data || f.cu_seqlens.data) {
       counted = workspace.take<Counted>(1);
       per_sequence = workspace.take<Counter>(sequences.count);
     }
+    if (of_sequence) statistics = workspace.take<double>(sequences.count);
     partials = workspace.take<double>(terms * groups.count);
   }
 
@@ -121,6 +124,29 @@ __global__ void __launch_bounds__(kThreads) count_tokens(const Call c) {
   });
 }
 
+// ---- statistics of sequences --------------------------------------------------------------------
+
+// A block for each sequence, a thread for every kThreads-th of its tokens: no bit depends on what
+// is packed or padded beside it.
+template <class T, class Loss>
+__global__ void __launch_bounds__(kThreads) find_statistics(const Call c, const Loss loss) {
+  const int64_t s = blockIdx.x;
+  const Run run = c.sequences[s];
+  const int64_t begin = between(run.begin, 0, c.tokens.cols);
+  const int64_t end = between(run.end, begin, c.tokens.cols);
+  typename Loss::template OfSequence<Terms<T>> sequence(loss);
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+    if (!is_live(c.mask.view, run.row, i)) continue;
+    sequence.add(read_one<T>(c.live.view, run.row, i), read_one<T>(c.constant.view, run.row, i),
+                 c.target_per_sequence ? read_one<T>(c.target.view, 0, s)
+                                       : read_one<T>(c.target.view, run.row, i));
+  }
+  const double sums[] = {sequence.log_ratio.total(), sequence.advantage.total()};
+  double totals[2];
+  block_sum<kThreads>(sums, totals);
+  if (threadIdx.x == 0) c.statistics[s] = Loss::statistic(totals[0], totals[1], c.count_of(s));
+}
+
 // ---- the pass over the tokens -------------------------------------------------------------------
 
 template <class Loss>
@@ -139,9 +165,11 @@ class OfSequence {
     if (s >= c_.sequences.count) return;
     end_ = c_.sequences.start(s + 1);
     if (c_.target_per_sequence) target = read_one<T>(c_.target.view, 0, s);
+    if (c_.statistics) statistic = static_cast<T>(c_.statistics[s]);
     if (c_.f.aggregation == kSeqMeanTokenMean) weight = share_of<T>(weight_, c_.count_of(s));
   }
-  T target = T(0), weight = T(NAN);  // NaN: of no sequence, as the offsets are wrong
+  T target = T(0), statistic = T(0),
+    weight = T(NAN);  // NaN: of no sequence, as the offsets are wrong
 
  private:
   const Call& c_;
@@ -180,11 +208,12 @@ struct Pass {
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
       const bool live = in.live >> k & 1;
-      if (live && (by_sequence || c.target_per_sequence)) {
+      if (live && (Loss::kOfSequence || by_sequence || c.target_per_sequence)) {
         sequence.find(in.place.first + k);
         if (c.target_per_sequence) in.target[k] = sequence.target;
       }
-      const auto token = kernel.add(in.x[k], in.constant[k], in.target[k], live);
+      const T of_sequence = Loss::kOfSequence && live ? sequence.statistic : T(0);
+      const auto token = kernel.add(in.x[k], in.constant[k], in.target[k], of_sequence, live);
       const T share = by_sequence ? sequence.weight : static_cast<T>(weight);
       if (by_sequence && live) weighted += token.loss * share;
       gradient[k] = live ? token.slope * share : T(0);
@@ -226,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 // One block, a warp for each term.
 template <class T, class Loss>
-__global__ void __launch_bounds__(kWarp* kTerms<Loss>) merge_groups(const Call c, const Loss loss) {
+__global__ void __launch_bounds__(kWarp* kTerms<Loss>) merge_groups(const Call c) {
   PPOK_SHARED(double, totals, kTerms<Loss>);
   const int term = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const double* partial = c.partials + term * c.groups.count;
@@ -250,7 +279,7 @@ __global__ void __launch_bounds__(kWarp* kTerms<Loss>) merge_groups(const Call c
   for (int k = 0; k < Loss::kExtremes; ++k) stats[Loss::kSums + k] = totals[kSummed<Loss> + k];
   at<double>(c.f.stats, 0) = live.tokens;
   at<double>(c.f.stats, 1) = live.sequences;
-  loss.publish(stats, &at<double>(c.f.stats, 2));
+  Loss::publish(stats, &at<double>(c.f.stats, 2));
   at<T>(c.f.loss, 0) = static_cast<T>(aggregate(c.f, c.divisor(), totals[0], totals[Loss::kSums]));
 }
 
@@ -278,9 +307,13 @@ const char* launch_loss(const Call& c, const Loss& loss, const Launch& to) {
   if (!error && c.f.mask.data)
     error = launch(count_tokens, parts_of(c.tokens.count, kThreads * kMaskTokens), kThreads, 0,
                    to.stream, c);
+  if constexpr (Loss::kOfSequence)
+    if (!error && c.sequences.count)
+      error = launch(find_statistics<T, Loss>, c.sequences.count, kThreads, 0, to.stream, c, loss);
   if (!error)
     error = launch(pass_over_tokens<T, Loss>, c.groups.count, kThreads, 0, to.stream, c, loss);
-  if (!error) error = launch(merge_groups<T, Loss>, 1, kWarp * kTerms<Loss>, 0, to.stream, c, loss);
+  using Sums = typename Loss::Sums;
+  if (!error) error = launch(merge_groups<T, Sums>, 1, kWarp * kTerms<Sums>, 0, to.stream, c);
   return error;
 }
 
@@ -288,7 +321,8 @@ template <class Args>
 int64_t workspace_of(const Args& a) {
   Parts parts(nullptr);
   with_loss(a, [&](auto loss) {
-    Call(inputs_of(a), a.frame, kTerms<decltype(loss)>, parts);
+    using Loss = decltype(loss);
+    Call(inputs_of(a), a.frame, kTerms<Loss>, Loss::kOfSequence, parts);
     return nullptr;
   });
   return parts.taken();
@@ -299,7 +333,8 @@ const char* launch_of(const Args& a, const Launch& to) {
   if (to.workspace_bytes < workspace_of(a)) return "the workspace is too small";
   return with_loss(a, [&](auto loss) {
     Parts parts(to.workspace);
-    const Call c(inputs_of(a), a.frame, kTerms<decltype(loss)>, parts);
+    using Loss = decltype(loss);
+    const Call c(inputs_of(a), a.frame, kTerms<Loss>, Loss::kOfSequence, parts);
     return a.frame.loss.dtype == kF64 ? launch_loss<double>(c, loss, to)
                                       : launch_loss<float>(c, loss, to);
   });

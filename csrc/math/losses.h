@@ -19,27 +19,123 @@ using Flag = decltype(V{} < V{});
 
 template <class V>
 struct PolicyToken {
-  V loss, slope;                              // slope = d loss / d log ratio
-  Flag<V> above_high, below_low, above_dual;  // which bound cut the gradient
+  V loss, slope;                              // slope = d loss / d logprob
+  Flag<V> above_high, below_low, above_dual;  // which bound replaced the ratio
+};
+
+// A token as the variants see it: with x = log ratio, clamped, and what they made of its sequence.
+template <class V>
+struct PolicyInput {
+  V logprob, x, ratio, ratio_minus_one, advantage, of_sequence;
+};
+
+template <class V>
+struct PolicyNumbers {
+  V low, high, dual;
+};
+
+// A variant's of() maps a token to its loss. kThroughRatio: its gradient ends where log ratios are
+// clamped. kOfSequence: statistic() makes one number of the means that a sequence has of term() and
+// of its advantages.
+struct TokenVariant {
+  static constexpr bool kThroughRatio = true, kOfSequence = false;
+};
+struct SequenceVariant {
+  static constexpr bool kThroughRatio = true, kOfSequence = true;
 };
 
 // max(-A r, -A clip(r, low, high)), and for A < 0 at most -A dual: the ratio is bounded from above
 // where the advantage rewards raising it, from below where it rewards lowering it, and d(-A r) / d
 // log r = -A r.
-template <class V, bool kDual>
-struct ClippedRatio {
-  V low, high, dual;
-  PPOK_HD PolicyToken<V> operator()(V ratio, V advantage) const {
+template <bool kDual>
+struct ClippedRatio : TokenVariant {
+  template <class V>
+  PPOK_HD static PolicyToken<V> clip(V ratio, V advantage, const PolicyNumbers<V>& n) {
     const V zero{};
-    const Flag<V> above_high = (advantage > zero) & (ratio > high);
-    const Flag<V> below_low = (advantage < zero) & (ratio < low);
-    const Flag<V> above_dual = kDual ? (advantage < zero) & (ratio > dual) : Flag<V>{};
-    V bounded = above_high ? high : ratio;
-    bounded = below_low ? low : bounded;
-    bounded = above_dual ? dual : bounded;
+    const Flag<V> above_high = (advantage > zero) & (ratio > n.high);
+    const Flag<V> below_low = (advantage < zero) & (ratio < n.low);
+    const Flag<V> above_dual = kDual ? (advantage < zero) & (ratio > n.dual) : Flag<V>{};
+    V bounded = above_high ? n.high : ratio;
+    bounded = below_low ? n.low : bounded;
+    bounded = above_dual ? n.dual : bounded;
     const V loss = zero - advantage * bounded;
     return {loss, (above_high | below_low | above_dual) ? zero : loss, above_high, below_low,
             above_dual};
+  }
+  template <class V, class Exp>
+  PPOK_HD static PolicyToken<V> of(const PolicyInput<V>& in, const PolicyNumbers<V>& n, Exp) {
+    return clip(in.ratio, in.advantage, n);
+  }
+};
+
+// -w A logprob with the constant w = clip(r, low, high).
+struct WeightedLogprob : TokenVariant {
+  static constexpr bool kThroughRatio = false;
+  template <class V, class Exp>
+  PPOK_HD static PolicyToken<V> of(const PolicyInput<V>& in, const PolicyNumbers<V>& n, Exp) {
+    const Flag<V> above_high = in.ratio > n.high, below_low = in.ratio < n.low;
+    const V weight = above_high ? n.high : below_low ? n.low : in.ratio;
+    const V slope = V{} - weight * in.advantage;
+    return {slope * in.logprob, slope, above_high, below_low, Flag<V>{}};
+  }
+};
+
+// -A (4 / tau) s, s = sigmoid(tau (r - 1)), and d s / d log r = tau s (1 - s) r; tau is high where
+// A > 0, else low. Both s and 1 - s keep their digits, and r may overflow where s is 1.
+struct SoftGate : TokenVariant {
+  template <class V, class Exp>
+  PPOK_HD static PolicyToken<V> of(const PolicyInput<V>& in, const PolicyNumbers<V>& n, Exp exp) {
+    const V zero{}, one = zero + 1.f;
+    const V tau = in.advantage > zero ? n.high : n.low;
+    const V z = tau * in.ratio_minus_one;
+    const V e = exp(z > zero ? zero - z : z, zero == zero);
+    const V near = one / (one + e), far = e / (one + e);
+    const V both = near * far;
+    return {zero - in.advantage * ((z > zero ? near : far) * 4.f / tau),
+            zero - in.advantage * (both == zero ? zero : both * in.ratio * 4.f), Flag<V>{},
+            Flag<V>{}, Flag<V>{}};
+  }
+};
+
+// -A logprob.
+struct PolicyGradient : TokenVariant {
+  static constexpr bool kThroughRatio = false;
+  template <class V, class Exp>
+  PPOK_HD static PolicyToken<V> of(const PolicyInput<V>& in, const PolicyNumbers<V>&, Exp) {
+    const V slope = V{} - in.advantage;
+    return {slope * in.logprob, slope, Flag<V>{}, Flag<V>{}, Flag<V>{}};
+  }
+};
+
+// The clipped ratio with exp(mean of x) in the place of r, whose derivative in x is taken to be
+// itself: of the mean over the sequence that is its gradient.
+struct ClippedSequenceRatio : SequenceVariant {
+  template <class V>
+  PPOK_HD static V term(V x, V, const PolicyNumbers<V>&) {
+    return x;
+  }
+  PPOK_HD static double statistic(double x, double) { return exp(x); }
+  template <class V, class Exp>
+  PPOK_HD static PolicyToken<V> of(const PolicyInput<V>& in, const PolicyNumbers<V>& n, Exp) {
+    return ClippedRatio<true>::clip(in.of_sequence, in.advantage, n);
+  }
+};
+
+// -(mean of A) exp(mean of x), x at most high where A > 0 and at least low where A < 0. Every token
+// has the loss of its sequence.
+struct GeometricMean : SequenceVariant {
+  template <class V>
+  PPOK_HD static V term(V x, V advantage, const PolicyNumbers<V>& n) {
+    const V below = (advantage > V{}) & (x > n.high) ? n.high : x;
+    return (advantage < V{}) & (x < n.low) ? n.low : below;
+  }
+  PPOK_HD static double statistic(double x, double advantage) { return -advantage * exp(x); }
+  template <class V, class Exp>
+  PPOK_HD static PolicyToken<V> of(const PolicyInput<V>& in, const PolicyNumbers<V>& n, Exp) {
+    const Flag<V> above_high = (in.advantage > V{}) & (in.x > n.high);
+    const Flag<V> below_low = (in.advantage < V{}) & (in.x < n.low);
+    return {in.of_sequence, (above_high | below_low) ? V{} : in.of_sequence, above_high, below_low,
+            Flag<V>{}};
   }
 };
 

@@ -14,9 +14,10 @@ from ..cuda import kernel as cuda
 from ..metrics import POLICY_STATS, PolicyMetrics
 from ..native import losses as native
 from ..triton import kernel as triton
-from . import _aggregation, _policy
+from . import _aggregation, _policy, _policy_selection
 from ._aggregation import Batch, Frame
-from ._policy import Policy, PolicyTokens
+from ._policy import Policy, PolicyInput, PolicyTokens
+from ._policy_selection import Selection
 
 
 class ClippedLoss(NamedTuple):
@@ -41,9 +42,18 @@ def clipped_loss(
     norm_length: float | None = None,
     cu_seqlens: Tensor | None = None,
     log_ratio_clamp: float | None = None,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+    cov_ratio: float = 2e-4,
+    cov_low: float = 1.0,
+    cov_high: float = 5.0,
+    kl_coef: float = 1.0,
+    generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> ClippedLoss:
     r"""PPO's clipped policy loss with its metrics; one pass also makes the gradient.
+
+    Or another policy loss: those of `variant` are listed in docs/variants.md. This one:
 
     .. math::
         r_t &= \exp(\ell_t - \ell_t^{old}) \\
@@ -65,7 +75,11 @@ def clipped_loss(
 
     Give D whenever this call sees a part of a batch (micro-batches, data parallelism): the sum of
     the parts' losses, and of their gradients, then is that of the whole batch. Parts may cut
-    sequences, but not under seq-mean-token-mean.
+    sequences, but not under seq-mean-token-mean, gspo or gmpo. clip-cov and kl-cov compare the
+    tokens of one call with each other: there parts are not the whole.
+
+    Where samples come from an engine whose probabilities are not quite those of the old policy,
+    `importance_weights` gives weights to multiply the advantages by.
 
     Clipping (Schulman et al. 2017, arXiv:1707.06347), dual clip (Ye et al. 2020, arXiv:1912.09729),
     asymmetric bounds (DAPO, Yu et al. 2025, arXiv:2503.14476), seq-sum-norm (Dr. GRPO, Liu et al.
@@ -83,10 +97,12 @@ def clipped_loss(
         advantages: Per token, as logprobs; or per sequence, [B] or [S] (not expanded in memory); a
             constant. A packed [N] tensor is per token even if N = S.
         mask: As logprobs, any dtype, nonzero = use. What lies under it is never looked at.
-        clip_low: The lower epsilon, at least 0.
+        clip_low: The lower epsilon, at least 0; of gmpo a bound of the log-ratio. Without effect in
+            sapo, gpg and kl-cov, as is clip_high.
         clip_high: The upper epsilon, at least 0; None for clip_low.
-        dual_clip: c above, larger than 1; None for none.
-        variant: A name in `VARIANTS`.
+        dual_clip: c above, larger than 1, for clip, gspo and clip-cov; None for none.
+        variant: clip, cispo, sapo, gpg, gspo, gmpo, clip-cov or kl-cov. gspo and gmpo are meant for
+            seq-mean-token-mean, with which they are exactly the objective of their papers.
         aggregation: See the table.
         denominator: D in the table, a number or a 0-d tensor on the same device (never waited for).
             Where it is 0 the loss and its gradient are 0.
@@ -94,7 +110,15 @@ def clipped_loss(
         cu_seqlens: [S + 1] int32 or int64, the offsets of the sequences in packed tensors; needed
             where sequences matter. Zero-length sequences are legal.
         log_ratio_clamp: Bounds log r to [-c, c] before the exponential, everywhere below and in the
-            metrics; no gradient flows outside. None for none.
+            metrics; no gradient flows outside, but in cispo and gpg, whose gradient is that of the
+            log-probability. None for none.
+        tau_pos: The temperature of sapo where A > 0, above 0.
+        tau_neg: The other one.
+        cov_ratio: The share of the live tokens that clip-cov and kl-cov pick, in (0, 1].
+        cov_low: Of the covariances from which clip-cov picks, the lower bound.
+        cov_high: And the upper one.
+        kl_coef: The coefficient of kl-cov's penalty.
+        generator: What clip-cov picks by, on the device of logprobs; None for torch's.
         backend: See `use_backend`.
 
     Returns:
@@ -112,14 +136,57 @@ def clipped_loss(
         "logprobs", logprobs, mask, cu_seqlens, aggregation, denominator, norm_length
     )
     _policy.constants("logprobs", logprobs, old_logprobs, advantages, cu_seqlens)
-    policy = _policy.policy(variant, clip_low, clip_high, dual_clip, log_ratio_clamp)
+    policy = _policy.policy(
+        variant, clip_low, clip_high, dual_clip, log_ratio_clamp, tau_pos, tau_neg
+    )
+    _policy.sequences(variant, "logprobs", logprobs, cu_seqlens)
     served_by = _LOSS.resolve(logprobs.device, backend)
+    args = (logprobs, old_logprobs, advantages, policy, frame)
+    if _policy.VARIANTS[variant].kind == "selection":
+        how = _policy_selection.selection(cov_ratio, cov_low, cov_high, kl_coef, generator)
+        loss, stats = _with_selection(variant, how, served_by, *args)
+    else:
+        loss, stats = _serve(served_by, *args)
+    return ClippedLoss(loss, PolicyMetrics(stats))
+
+
+def _serve(
+    served_by: str,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    policy: Policy,
+    frame: Frame,
+) -> tuple[Tensor, Tensor]:
     if served_by == "torch":
         count("clipped_loss", "torch")
-        loss, stats = reference(logprobs, old_logprobs, advantages, policy, frame)
-    else:
-        loss, stats, _ = _LOSS(logprobs, old_logprobs, advantages, *policy, *frame, served_by)
-    return ClippedLoss(loss, PolicyMetrics(stats))
+        return reference(logprobs, old_logprobs, advantages, policy, frame)
+    loss, stats, _ = _LOSS(logprobs, old_logprobs, advantages, *policy, *frame, served_by)
+    return loss, stats
+
+
+def _with_selection(
+    variant: str,
+    how: Selection,
+    served_by: str,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    policy: Policy,
+    frame: Frame,
+) -> tuple[Tensor, Tensor]:
+    # Two gradients meet here, of which the sum is to be rounded to half precision, not each.
+    dtype = _checks.compute_dtype(logprobs, old_logprobs, advantages)
+    logprobs = logprobs.to(dtype)
+    batch = Batch(logprobs, frame)
+    tokens = _policy.inputs(batch, logprobs, old_logprobs, advantages, policy)
+    if variant == "clip-cov":
+        advantages = _policy_selection.clip_cov(tokens, policy, how)
+        return _serve(served_by, logprobs, old_logprobs, advantages, policy, frame)
+    loss, stats = _serve(served_by, logprobs, old_logprobs, advantages, policy, frame)
+    penalty = _policy_selection.kl_cov(tokens, how)
+    stats[list(POLICY_STATS).index("loss")] += penalty.detach().double().sum()
+    return loss + batch.aggregate(penalty, frame), stats
 
 
 def reference(
@@ -129,30 +196,15 @@ def reference(
     policy: Policy,
     frame: Frame,
 ) -> tuple[Tensor, Tensor]:
-    batch = Batch(logprobs, frame)
-    dtype = _aggregation.result_dtype(logprobs, old_logprobs, advantages)
-    log_ratio = batch.select(logprobs, dtype) - batch.select(old_logprobs, dtype)
-    advantages = batch.select(advantages, dtype)
-    if policy.log_ratio_clamp is not None:
-        limit = policy.log_ratio_clamp
-        log_ratio = torch.where(log_ratio > limit, limit, log_ratio)
-        log_ratio = torch.where(log_ratio < -limit, -limit, log_ratio)
-    with torch.no_grad():
-        ratio = log_ratio.exp()
-        tokens = policy.variant.reference(ratio, advantages, policy)
-        stats = _stats(batch, log_ratio, ratio, advantages, tokens)
-    # Where a bound cuts the gradient exp may have overflowed; its gradient would be 0 * inf.
-    cut = tokens.above_high | tokens.below_low | tokens.above_dual
-    flowing = torch.where(cut, 0.0, log_ratio).exp()
-    token_loss = torch.where(cut, tokens.loss, -advantages * flowing)
-    return batch.aggregate(token_loss, frame), stats
+    tokens = _policy.inputs(Batch(logprobs, frame), logprobs, old_logprobs, advantages, policy)
+    made = policy.reference(tokens, policy)
+    return tokens.batch.aggregate(made.loss, frame), _stats(tokens, made)
 
 
-def _stats(
-    batch: Batch, log_ratio: Tensor, ratio: Tensor, advantages: Tensor, tokens: PolicyTokens
-) -> Tensor:
-    live = batch.live
-    x, r = log_ratio.double(), torch.where(live, ratio, 0.0).double()
+@torch.no_grad()
+def _stats(tokens: PolicyInput, made: PolicyTokens) -> Tensor:
+    live, ratio = tokens.batch.live, tokens.x.exp()
+    x, r = tokens.x.double(), torch.where(live, ratio, 0.0).double()
     k3 = torch.where(x.abs() < 1, torch.expm1(x) - x, ratio.double() - 1 - x)
     # A padded element keeps the extremes of an empty batch defined.
     extremes = [torch.where(live, s * ratio, -torch.inf).flatten() for s in (1.0, -1.0)]
@@ -161,12 +213,12 @@ def _stats(
     )
     named = {
         "tokens": live.sum(),
-        "sequences": batch.live_sequences(),
-        "loss": tokens.loss.double().sum(),
-        "unclipped_loss": (-advantages * ratio).double().sum(),
-        "clipped_high": tokens.above_high.sum(),
-        "clipped_low": tokens.below_low.sum(),
-        "dual_clipped": tokens.above_dual.sum(),
+        "sequences": tokens.batch.live_sequences(),
+        "loss": made.loss.double().sum(),
+        "unclipped_loss": (-tokens.advantages * ratio).double().sum(),
+        "clipped_high": made.above_high.sum(),
+        "clipped_low": made.below_low.sum(),
+        "dual_clipped": made.above_dual.sum(),
         "k1": -x.sum(),
         "k3": k3.sum(),
         "ratio": r.sum(),

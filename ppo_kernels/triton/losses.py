@@ -18,11 +18,21 @@ from ..metrics import POLICY_STATS, VALUE_STATS
 from ..ops._aggregation import AGGREGATIONS
 from . import _configs
 from ._launch import as_bytes, launch, strides
-from ._math import INF, clamp, exponential, isnan, reciprocal, tree_sum
+from ._math import (
+    INF,
+    LOG2E,
+    clamp,
+    exp2_of_double,
+    exponential,
+    isnan,
+    reciprocal,
+    tree_sum,
+)
 from ._tokens import (
     Tokens,
     load_live,
     load_mask,
+    load_offset,
     load_sequence,
     store_tokens,
     token_block,
@@ -33,6 +43,13 @@ _GIVEN, _TOKENS, _SEQUENCES = 0, 1, 2
 _LIVE_TOKENS = tl.constexpr(_TOKENS)
 _LIVE_SEQUENCES = tl.constexpr(_SEQUENCES)
 _DIVIDE_BY = {"token-mean": _TOKENS, "token-sum": _GIVEN}
+# enum PolicyVariant of csrc/kernels.h.
+_CISPO = tl.constexpr(1)
+_SAPO = tl.constexpr(2)
+_GPG = tl.constexpr(3)
+_GSPO = tl.constexpr(4)
+_GMPO = tl.constexpr(5)
+_OF_SEQUENCE = (4, 5)
 # Of the stats, the first two are counts.
 _COUNTS = 2
 
@@ -189,6 +206,61 @@ def clipped_ratio(ratio, advantage, low, high, dual):
 
 
 @triton.jit
+def weighted_logprob(logprob, ratio, advantage, low, high):
+    """-w A logprob with the constant w = clip(r, low, high)."""
+    above_high = ratio > high
+    below_low = ratio < low
+    slope = 0.0 - tl.where(above_high, high, tl.where(below_low, low, ratio)) * advantage
+    return slope * logprob, slope, above_high, below_low, ratio < -INF
+
+
+@triton.jit
+def soft_gate(ratio, ratio_minus_one, advantage, low, high):
+    """-A (4 / tau) sigmoid(tau (r - 1)), tau = high where A > 0, else low."""
+    tau = tl.where(advantage > 0.0, high, low)
+    z = tau * ratio_minus_one
+    e = exp2_of_double(tl.where(z > 0.0, -z, z).to(tl.float64) * LOG2E, z.dtype)
+    near = 1.0 / (1.0 + e)
+    far = e / (1.0 + e)
+    both = near * far
+    loss = 0.0 - advantage * (tl.where(z > 0.0, near, far) * 4.0 / tau)
+    slope = 0.0 - advantage * tl.where(both == 0.0, 0.0, both * ratio * 4.0)
+    never = ratio < -INF
+    return loss, slope, never, never, never
+
+
+@triton.jit
+def bounded_log_ratio(x, advantage, low, high):
+    """At most `high` where A > 0, at least `low` where A < 0; and which bound cut it."""
+    above_high = (advantage > 0.0) & (x > high)
+    below_low = (advantage < 0.0) & (x < low)
+    return tl.where(above_high, high, tl.where(below_low, low, x)), above_high, below_low
+
+
+@triton.jit
+def policy_loss(
+    logprob, x, ratio, ratio_minus_one, advantage, of_sequence, low, high, dual,
+    VARIANT: tl.constexpr,
+):  # fmt: skip
+    """Loss, d loss / d logprob, and which bound replaced the ratio."""
+    never = ratio < -INF
+    if VARIANT == _CISPO:
+        result = weighted_logprob(logprob, ratio, advantage, low, high)
+    elif VARIANT == _SAPO:
+        result = soft_gate(ratio, ratio_minus_one, advantage, low, high)
+    elif VARIANT == _GPG:
+        result = (0.0 - advantage) * logprob, 0.0 - advantage, never, never, never
+    elif VARIANT == _GSPO:
+        result = clipped_ratio(of_sequence, advantage, low, high, dual)
+    elif VARIANT == _GMPO:
+        _, above, below = bounded_log_ratio(x, advantage, low, high)
+        result = of_sequence, tl.where(above | below, 0.0, of_sequence), above, below, never
+    else:
+        result = clipped_ratio(ratio, advantage, low, high, dual)
+    return result
+
+
+@triton.jit
 def clipped_value(value, old, target, clip, huber_delta):
     """Loss, d loss / d value, and whether the clipped error is the larger."""
     moved = value - old
@@ -212,31 +284,83 @@ _UNSPECIALIZED = (
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
+def statistic_kernel(
+    live, live_b, live_t, constant, constant_b, constant_t, target, target_b, target_t,
+    mask, mask_b, mask_t, tokens, cols, offsets, offsets_t, length, sequences,
+    sequence_counts, statistics, low: tl.float64, high: tl.float64, limit: tl.float64,
+    TARGET_PER_SEQUENCE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, VARIANT: tl.constexpr,
+):  # fmt: skip
+    """One program per sequence: what its tokens need of it, summed from its first token on."""
+    k = tl.program_id(0)
+    if offsets is None:
+        begin = (k + 0 * tokens) * length
+        end = begin + length
+        count = length
+    else:
+        begin, _ = load_offset(offsets, offsets_t, k, sequences, tokens)
+        end, _ = load_offset(offsets, offsets_t, k + 1, sequences, tokens)
+    if sequence_counts is not None:
+        count = tl.load(sequence_counts + k)
+    log_ratios = tl.zeros([BLOCK], tl.float64)
+    advantages = tl.zeros([BLOCK], tl.float64)
+    for start in range(begin, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < end
+        is_live = load_mask(mask, mask_b, mask_t, i, inside, cols, FLAT)
+        x = load_live(live, live_b, live_t, i, inside, is_live, cols, FLAT, DTYPE)
+        x -= load_live(constant, constant_b, constant_t, i, inside, is_live, cols, FLAT, DTYPE)
+        x = clamp(x, limit.to(DTYPE))
+        if TARGET_PER_SEQUENCE:
+            advantage = tl.where(is_live, tl.load(target + k * target_t).to(DTYPE), 0.0)
+        else:
+            advantage = load_live(target, target_b, target_t, i, inside, is_live, cols, FLAT, DTYPE)
+        if VARIANT == _GMPO:
+            x, _, _ = bounded_log_ratio(x, advantage, low.to(DTYPE), high.to(DTYPE))
+        log_ratios += x.to(tl.float64)
+        advantages += advantage.to(tl.float64)
+    share = reciprocal(tl.maximum(count, 1).to(tl.float64))
+    ratio = exp2_of_double(tree_sum(log_ratios) * share * LOG2E, DTYPE)
+    if VARIANT == _GMPO:
+        ratio = 0.0 - (tree_sum(advantages) * share).to(DTYPE) * ratio
+    tl.store(statistics + k, ratio)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def policy_kernel(
     live, live_b, live_t, constant, constant_b, constant_t, target, target_b, target_t,
     mask, mask_b, mask_t, tokens, cols, offsets, offsets_t, length, sequences, steps,
     sequence_counts, scale, gradient, partials, blocks,
-    low: tl.float64, high: tl.float64, dual: tl.float64, limit: tl.float64,
+    low: tl.float64, high: tl.float64, dual: tl.float64, limit: tl.float64, statistics,
     MEAN_PER_SEQUENCE: tl.constexpr, TARGET_PER_SEQUENCE: tl.constexpr, FLAT: tl.constexpr,
-    BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr, DTYPE: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
     i, inside = token_block(tokens, BLOCK)
     is_live = load_mask(mask, mask_b, mask_t, i, inside, cols, FLAT)
-    moved = load_live(live, live_b, live_t, i, inside, is_live, cols, FLAT, DTYPE)
-    moved -= load_live(constant, constant_b, constant_t, i, inside, is_live, cols, FLAT, DTYPE)
+    logprob = load_live(live, live_b, live_t, i, inside, is_live, cols, FLAT, DTYPE)
+    moved = logprob - load_live(
+        constant, constant_b, constant_t, i, inside, is_live, cols, FLAT, DTYPE
+    )
     if TARGET_PER_SEQUENCE:
         sequence = _find_sequence(i, offsets, offsets_t, length, sequences, steps)
         found = is_live & (sequence < sequences)
         advantage = tl.load(target + sequence * target_t, mask=found, other=0.0).to(DTYPE)
     else:
         advantage = load_live(target, target_b, target_t, i, inside, is_live, cols, FLAT, DTYPE)
+    of_sequence = None
+    if statistics is not None:
+        sequence = _find_sequence(i, offsets, offsets_t, length, sequences, steps)
+        found = is_live & (sequence < sequences)
+        of_sequence = tl.load(statistics + sequence, mask=found, other=0.0)
     limit = limit.to(DTYPE)
     x = clamp(moved, limit)
-    ratio, _, k3 = exponential(x)
-    token_loss, slope, above_high, below_low, above_dual = clipped_ratio(
-        ratio, advantage, low.to(DTYPE), high.to(DTYPE), dual.to(DTYPE)
-    )
-    slope = tl.where((moved > limit) | (moved < -limit), 0.0, slope)
+    ratio, ratio_minus_one, k3 = exponential(x)
+    token_loss, slope, above_high, below_low, above_dual = policy_loss(
+        logprob, x, ratio, ratio_minus_one, advantage, of_sequence,
+        low.to(DTYPE), high.to(DTYPE), dual.to(DTYPE), VARIANT,
+    )  # fmt: skip
+    if VARIANT != _CISPO and VARIANT != _GPG:  # noqa: PLR1714
+        slope = tl.where((moved > limit) | (moved < -limit), 0.0, slope)
 
     partials += tl.program_id(0)
     _write_tokens(
@@ -351,12 +475,12 @@ def clipped_loss(
     variant: int,
     *frame: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    assert variant == 0, "clip, the only variant there is"
     return _run(
         policy_kernel,
         (logprobs, old_logprobs, advantages),
         advantages.shape != logprobs.shape,
         (low, high, _or_inf(dual), _or_inf(log_ratio_clamp)),
+        variant,
         POLICY_STATS,
         *frame,
     )
@@ -375,6 +499,7 @@ def value_loss(
         (values, old_values, returns),
         False,
         (_or_inf(clip), _or_inf(huber_delta)),
+        None,
         VALUE_STATS,
         *frame,
     )
@@ -411,7 +536,8 @@ def _run(
     kernel: Any,
     inputs: tuple[Tensor, Tensor | None, Tensor],
     target_per_sequence: bool,
-    settings: tuple[float, ...],
+    settings: tuple[Any, ...],
+    variant: int | None,
     names: dict[str, str],
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -469,14 +595,29 @@ def _run(
     sums = sum(how == "sum" for how in names.values()) - _COUNTS
     partials = live.new_empty((rows + name.count("mean-token-mean"), blocks), dtype=torch.float64)
     where_target = (target, 0, target.stride(0)) if target_per_sequence else tokens.where(target)
+    where = (
+        *tokens.where(live), *tokens.where(constant), *where_target, *where_mask, *size,
+        cu_seqlens, strides(cu_seqlens)[1], tokens.cols, sequences,
+    )  # fmt: skip
+    shared: dict[str, Any] = {
+        "TARGET_PER_SEQUENCE": target_per_sequence, "FLAT": tokens.flat,
+        "BLOCK": config.block, "DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
+    }  # fmt: skip
+    if variant is not None:
+        shared["VARIANT"] = variant
+        low, high, _, limit = settings
+        statistics = None
+        if variant in _OF_SEQUENCE:
+            statistics = live.new_empty(sequences, dtype=dtype)
+            launch(
+                statistic_kernel, sequences, *where, sequence_counts, statistics, low, high, limit,
+                config=config, **shared,
+            )  # fmt: skip
+        settings = (*settings, statistics)
     launch(
-        kernel, blocks, *tokens.where(live), *tokens.where(constant), *where_target,
-        *where_mask, *size, cu_seqlens, strides(cu_seqlens)[1], tokens.cols, sequences,
-        max(sequences - 1, 0).bit_length(), sequence_counts, scale,
-        gradient if needs_gradient else None, partials, blocks, *settings,
-        config=config, TARGET_PER_SEQUENCE=target_per_sequence, FLAT=tokens.flat,
-        BLOCK=config.block, DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
-        **mean_per_sequence,
+        kernel, blocks, *where, max(sequences - 1, 0).bit_length(), sequence_counts, scale,
+        gradient if needs_gradient else None, partials, blocks, *settings, config=config,
+        **shared, **mean_per_sequence,
     )  # fmt: skip
     launch(
         finish_kernel, partials.shape[0], partials, blocks, scale, loss, stats[_COUNTS:],

@@ -9,8 +9,21 @@ import torch
 from torch import Tensor
 
 from ...ops._aggregation import AGGREGATIONS
+from ...ops._policy import VARIANTS
 from ..case import Case, Inputs
 from ._draw import normal, some_mask
+
+
+# All variants but clip, and what is particular about a call of each.
+_VARIANTS: dict[str, Inputs] = {
+    "cispo": {},
+    "sapo": {"tau_pos": 1.5, "tau_neg": 2.5},
+    "gpg": {},
+    "gspo": {"dual_clip": 1.2},
+    "gmpo": {},
+    "clip-cov": {"cov_ratio": 1.0, "cov_low": 0.1, "cov_high": 2.0},  # all: nothing is random
+    "kl-cov": {"cov_ratio": 0.2, "kl_coef": 0.7},
+}
 
 
 def _garbage_under(mask: Tensor, made: Inputs, *names: str) -> Tensor:
@@ -110,6 +123,24 @@ def cases() -> Iterator[Case]:
         dual_clip=1.5,
         log_ratio_clamp=0.55,
     )
+    for variant, extra in _VARIANTS.items():
+        extra = {"variant": variant, "clip_low": 0.1, "clip_high": 0.15, "mask": masked} | extra
+        mean = {"aggregation": "seq-mean-token-mean"}
+        ends = {"cu_seqlens": offsets(40, 40, 41, 129, 130)}
+        yield case("clipped_loss", variant, (5, 130), **extra)
+        yield case("clipped_loss", f"{variant} packed", (130,), **extra, **ends, **mean)
+        yield case("clipped_loss", f"{variant} of blocks", (3, 1501), **extra, log_ratio_clamp=0.4)
+        yield case("clipped_loss", f"{variant} fully masked", (3, 5), **extra | {"mask": nothing})
+        if VARIANTS[variant].kind == "selection":
+            continue
+        yield case(
+            "clipped_loss",
+            f"{variant} not finite",
+            (9, 5),
+            **extra | {"mask": not_finite, "log_ratio_clamp": 5.0},
+        )
+        extra |= per_sequence
+        yield case("clipped_loss", f"{variant} per packed sequence", (130,), **extra, **ends)
     yield case("value_loss", "not clipped", (4, 300), mask=masked, clip=None, old_values=None)
     yield case("value_loss", "huber", (4, 300), mask=masked, huber_delta=0.7)
     yield case("value_loss", "huber, not clipped", (4, 300), huber_delta=0.7, clip=None)
@@ -131,9 +162,10 @@ def loss_scale(function: str, inputs: Inputs, target_name: str) -> dict[int | st
     if function == "clipped_loss":
         x = live - constant
         r = x.exp()
-        loss = magnitude(target * r)
+        loss = magnitude(target * r * (1 + live.abs())) + magnitude(target * live) + magnitude(x)
+        unclipped = magnitude(target * r)
         k3 = magnitude(torch.expm1(x) - x) + magnitude(x * torch.expm1(x))
-        sums = [loss, loss, 0, 0, 0, magnitude(x), k3, magnitude(r), magnitude(r * r), 0, 0]
+        sums = [loss, unclipped, 0, 0, 0, magnitude(x), k3, magnitude(r), magnitude(r * r), 0, 0]
     else:
         error = (live - target).abs() + 0.2
         loss = magnitude(error.square())
