@@ -13,7 +13,6 @@ from ...ops._policy import VARIANTS
 from ..case import Case, Inputs
 from ._draw import normal, some_mask
 
-
 # All variants but clip, and what is particular about a call of each.
 _VARIANTS: dict[str, Inputs] = {
     "cispo": {},
@@ -123,8 +122,9 @@ def cases() -> Iterator[Case]:
         dual_clip=1.5,
         log_ratio_clamp=0.55,
     )
-    for variant, extra in _VARIANTS.items():
-        extra = {"variant": variant, "clip_low": 0.1, "clip_high": 0.15, "mask": masked} | extra
+    for variant, particular in _VARIANTS.items():
+        extra = {"variant": variant, "clip_low": 0.1, "clip_high": 0.15, "mask": masked}
+        extra |= particular
         mean = {"aggregation": "seq-mean-token-mean"}
         ends = {"cu_seqlens": offsets(40, 40, 41, 129, 130)}
         yield case("clipped_loss", variant, (5, 130), **extra)
@@ -133,12 +133,8 @@ def cases() -> Iterator[Case]:
         yield case("clipped_loss", f"{variant} fully masked", (3, 5), **extra | {"mask": nothing})
         if VARIANTS[variant].kind == "selection":
             continue
-        yield case(
-            "clipped_loss",
-            f"{variant} not finite",
-            (9, 5),
-            **extra | {"mask": not_finite, "log_ratio_clamp": 5.0},
-        )
+        bad = {"mask": not_finite, "log_ratio_clamp": 5.0}
+        yield case("clipped_loss", f"{variant} not finite", (9, 5), **extra | bad)
         extra |= per_sequence
         yield case("clipped_loss", f"{variant} per packed sequence", (130,), **extra, **ends)
     yield case("value_loss", "not clipped", (4, 300), mask=masked, clip=None, old_values=None)
