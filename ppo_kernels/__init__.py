@@ -9,11 +9,12 @@ except ImportError as _error:
 
 from ._faults import check
 from ._op import op_counts, reset_op_counts, use_backend
-from .metrics import PolicyMetrics, ValueMetrics, reduce_metrics
+from .metrics import ImportanceMetrics, PolicyMetrics, ValueMetrics, reduce_metrics
 from .ops.categorical_kl import categorical_kl
 from .ops.categorical_kl_hidden import categorical_kl_from_hidden
 from .ops.clipped_loss import ClippedLoss, clipped_loss
 from .ops.gae import GAE, gae
+from .ops.importance import ImportanceWeights, importance_weights
 from .ops.kl import kl_penalty
 from .ops.logprob import LogProbs, logprobs_from_logits
 from .ops.logprob_hidden import logprobs_from_hidden
@@ -28,6 +29,8 @@ __version__ = "0.1.0"
 __all__ = [
     "GAE",
     "ClippedLoss",
+    "ImportanceMetrics",
+    "ImportanceWeights",
     "LogProbs",
     "PPOLoss",
     "PolicyMetrics",
@@ -41,6 +44,7 @@ __all__ = [
     "clipped_loss",
     "discounted_returns",
     "gae",
+    "importance_weights",
     "kl_penalty",
     "logprobs_from_hidden",
     "logprobs_from_logits",

@@ -28,6 +28,14 @@ POLICY_STATS = {
     "ratio_max": "max",
     "ratio_min": "min",
 }
+IMPORTANCE_STATS = {
+    "tokens": "sum",
+    "weight": "sum",
+    "weight_square": "sum",
+    "limited": "sum",
+    "k1": "sum",
+    "k3": "sum",
+}
 VALUE_STATS = {
     "tokens": "sum",
     "sequences": "sum",
@@ -208,10 +216,67 @@ class ValueMetrics(NamedTuple):
         return _quotient(self._stat(name), self._stat("tokens"), 0.0)
 
 
+class ImportanceMetrics(NamedTuple):
+    """What `importance_weights` measured over the live tokens; r = exp(old - rollout logprob)."""
+
+    stats: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """Live tokens."""
+        return self._stat("tokens")
+
+    @property
+    def weight_mean(self) -> Tensor:
+        """Mean weight; without any live token 1."""
+        return self._mean("weight", empty=1.0)
+
+    @property
+    def limited_fraction(self) -> Tensor:
+        """Share of tokens whose ratio, or that of their sequence, lies outside of [low, high]."""
+        return self._mean("limited")
+
+    @property
+    def kl_k1(self) -> Tensor:
+        """KL(rollout || old) by the mean of -log r over samples of rollout."""
+        return self._mean("k1")
+
+    @property
+    def kl_k3(self) -> Tensor:
+        """KL(rollout || old) by the mean of r - 1 - log r over samples of rollout: never < 0."""
+        return self._mean("k3")
+
+    @property
+    def ess(self) -> Tensor:
+        """Effective sample size (sum w)^2 / sum w^2 as a share of the tokens; 0 if all w are 0.
+
+        Without any live token 1.
+        """
+        share = _quotient(
+            self._stat("weight").square(), self._stat("weight_square") * self._stat("tokens"), 0.0
+        )
+        return torch.where(self._stat("tokens") > 0, share, 1.0)
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """Every property by name."""
+        return {name: getattr(self, name) for name in _properties(ImportanceMetrics)}
+
+    def _stat(self, name: str) -> Tensor:
+        return self.stats[_IMPORTANCE_INDEX[name]]
+
+    def _mean(self, name: str, empty: float = 0.0) -> Tensor:
+        return _quotient(self._stat(name), self._stat("tokens"), empty)
+
+
 _POLICY_INDEX = {name: i for i, name in enumerate(POLICY_STATS)}
 _VALUE_INDEX = {name: i for i, name in enumerate(VALUE_STATS)}
-_STATS = {PolicyMetrics: POLICY_STATS, ValueMetrics: VALUE_STATS}
-M = TypeVar("M", PolicyMetrics, ValueMetrics)
+_IMPORTANCE_INDEX = {name: i for i, name in enumerate(IMPORTANCE_STATS)}
+_STATS = {
+    PolicyMetrics: POLICY_STATS,
+    ValueMetrics: VALUE_STATS,
+    ImportanceMetrics: IMPORTANCE_STATS,
+}
+M = TypeVar("M", PolicyMetrics, ValueMetrics, ImportanceMetrics)
 
 
 def _quotient(total: Tensor, count: Tensor, empty: float) -> Tensor:
@@ -242,7 +307,8 @@ def reduce_metrics(metrics: Sequence[M], group: torch.distributed.ProcessGroup |
     kinds = sorted({type(m).__name__ for m in metrics})
     if len(kinds) > 1 or type(metrics[0]) not in _STATS:
         raise TypeError(
-            f"metrics: expected only PolicyMetrics or only ValueMetrics, got {', '.join(kinds)}"
+            f"metrics: expected one of {', '.join(k.__name__ for k in _STATS)}, and the same "
+            f"everywhere, got {', '.join(kinds)}"
         )
     kind = type(metrics[0])
     how = _STATS[kind].values()

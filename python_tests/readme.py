@@ -1,20 +1,27 @@
-"""The parts of README.md that are generated: between <!-- NAME --> and <!-- /NAME -->."""
+"""Generated parts of README.md and docs/variants.md: between <!-- NAME --> and <!-- /NAME -->."""
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ppo_kernels import info
+from ppo_kernels._op import OPS
 from ppo_kernels.bench import results, summary
+from ppo_kernels.ops._policy import VARIANTS
+from ppo_kernels.ops.importance import CORRECTIONS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs/variants.md")
 
 
-def generated() -> dict[str, str]:
-    return {"op table": info.markdown(info.backend_table()), "speed table": speed()}
+def generated(page: Path) -> dict[str, str]:
+    if page == README:
+        return {"op table": info.markdown(info.backend_table()), "speed table": speed()}
+    return {"variants": variants(), "corrections": corrections()}
 
 
 def speed() -> str:
@@ -28,19 +35,42 @@ def speed() -> str:
     return "\n\n".join(parts) or "`make bench` measures the machine it runs on."
 
 
-def rendered(text: str) -> str:
-    """The README's text with every generated part as it should be."""
-    for name, body in generated().items():
+def table(*rows: Sequence[str]) -> str:
+    """Of a header and rows."""
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return "\n".join(lines)
+
+
+def variants() -> str:
+    backends = ", ".join((*OPS["clipped_loss"].kernels, "torch"))
+    return table(
+        ("variant", "loss of a token", "kind", "backends", "paper"),
+        *((f"`{n}`", v.formula, v.kind, backends, v.paper) for n, v in VARIANTS.items()),
+    )
+
+
+def corrections() -> str:
+    return table(
+        ("kind", "weight", "source"),
+        *((f"`{name}`", c.formula, c.paper) for name, c in CORRECTIONS.items()),
+    )
+
+
+def rendered(page: Path) -> str:
+    """The page's text with every generated part as it should be."""
+    text = page.read_text()
+    for name, body in generated(page).items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text, found = re.subn(pattern, lambda m: f"{m[1]}{body}\n{m[2]}", text, flags=re.S)  # noqa: B023
         if found != 1:
-            raise ValueError(f"README.md: expected one part named {name!r}, found {found}")
+            raise ValueError(f"{page.name}: expected one part named {name!r}, found {found}")
     return text
 
 
 if __name__ == "__main__":
-    before = README.read_text()
-    after = rendered(before)
-    if sys.argv[1:] == ["--write"] and after != before:
-        README.write_text(after)
-    sys.exit(0 if "--write" in sys.argv or after == before else 1)
+    stale = [page for page in PAGES if rendered(page) != page.read_text()]
+    if sys.argv[1:] == ["--write"]:
+        for page in stale:
+            page.write_text(rendered(page))
+    sys.exit(0 if "--write" in sys.argv else bool(stale))

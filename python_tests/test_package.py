@@ -347,7 +347,7 @@ def test_info_warns_about_two_openmp_runtimes(monkeypatch):
     assert len(info.openmp_runtimes()) == 1
 
 
-def test_generated_parts_of_the_readme_are_current():
+def test_generated_parts_of_the_docs_are_current():
     run = subprocess.run([sys.executable, ROOT / "python_tests/readme.py"])  # no backend of tests
     assert run.returncode == 0, "run `make docs`"
 

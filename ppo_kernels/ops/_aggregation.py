@@ -129,9 +129,7 @@ class Batch:
     def sequence_means(self, x: Tensor) -> Tensor:
         """The mean over the live tokens of its sequence at each token; masked tokens of x are 0."""
         lengths = self.sequence_sums(self.live.to(x.dtype)).clamp(min=1)
-        means = self.sequence_sums(x) / lengths
-        means = means[:, None] if self.index is None else means[self.index]
-        return torch.where(self.live, means, 0.0)
+        return torch.where(self.live, self.spread(self.sequence_sums(x) / lengths), 0.0)
 
     def live_sequences(self) -> Tensor:
         return (self.sequence_sums(self.live.long()) > 0).sum()
