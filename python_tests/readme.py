@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from ppo_kernels import info
-from ppo_kernels._op import OPS
+from ppo_kernels._op import BACKENDS, OPS
 from ppo_kernels.bench import results, summary
 from ppo_kernels.ops._policy import VARIANTS
 from ppo_kernels.ops.importance import CORRECTIONS
@@ -35,26 +34,17 @@ def speed() -> str:
     return "\n\n".join(parts) or "`make bench` measures the machine it runs on."
 
 
-def table(*rows: Sequence[str]) -> str:
-    """Of a header and rows."""
-    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
-    lines.insert(1, "|---" * len(rows[0]) + "|")
-    return "\n".join(lines)
-
-
 def variants() -> str:
-    backends = ", ".join((*OPS["clipped_loss"].kernels, "torch"))
-    return table(
-        ("variant", "loss of a token", "kind", "backends", "paper"),
-        *((f"`{n}`", v.formula, v.kind, backends, v.paper) for n, v in VARIANTS.items()),
-    )
+    backends = ", ".join(b for b in BACKENDS if b == "torch" or b in OPS["clipped_loss"].kernels)
+    rows = [["variant", "loss of a token", "kind", "backends", "paper"]]
+    for name, v in VARIANTS.items():
+        rows.append([f"`{name}`", v.formula.replace("|", r"\|"), v.kind, backends, v.paper])
+    return info.markdown(rows)
 
 
 def corrections() -> str:
-    return table(
-        ("kind", "weight", "source"),
-        *((f"`{name}`", c.formula, c.paper) for name, c in CORRECTIONS.items()),
-    )
+    rows = [[f"`{name}`", c.formula, c.paper] for name, c in CORRECTIONS.items()]
+    return info.markdown([["kind", "weight", "source"], *rows])
 
 
 def rendered(page: Path) -> str:

@@ -1,18 +1,17 @@
 """What holds for clipped_loss and value_loss alike, beyond the cube."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from loss_oracle import (
     BACKENDS,
     EXECUTORS,
     KERNELS,
     LOSSES,
     NORM,
+    batches,
     bits,
+    check_parts,
     some_mask,
     tokens,
     with_grad,
@@ -165,65 +164,13 @@ def test_no_live_token_gives_a_connected_zero(name, function, aggregation):
 # ---- parts of a batch --------------------------------------------------------------------------
 
 
-@st.composite
-def batches(draw):
-    lengths = draw(st.lists(st.integers(0, 9), min_size=1, max_size=6))
-    cuts = draw(st.lists(st.integers(0, len(lengths)), max_size=3))
-    return lengths, sorted({0, len(lengths), *cuts}), draw(st.integers(0, 2**16))
-
-
-def denominators(aggregation, rows):
-    live = sum(int(r.sum()) for r in rows)
-    sequences = sum(bool(r.any()) for r in rows)
-    return {"token-mean": live, "token-sum": 3}.get(aggregation, sequences)
-
-
 @LOSSES
 @EXECUTORS
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @settings(max_examples=25, deadline=None)
 @given(batch=batches())
 def test_padding_packing_and_micro_batches_are_one_batch(name, function, aggregation, batch):
-    """Sequences of any length, packed, padded, and cut into micro-batches in either form."""
-    lengths, cuts, seed = batch
-    total, longest = sum(lengths), max(lengths)
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    flat = tokens(total, seed=seed)
-    mask = some_mask(total, seed=seed)
-    inside = torch.arange(longest) < torch.tensor(lengths)[:, None]
-
-    def pad(t):
-        return torch.full(inside.shape, 7, dtype=t.dtype).masked_scatter(inside, t)
-
-    padded = [pad(t) for t in flat]
-    padded_mask = pad(mask) & inside
-    rows = [mask[a:b] for a, b in pairwise(offsets)]
-    kwargs = {
-        "aggregation": aggregation,
-        "norm_length": NORM.get(aggregation),
-        "denominator": denominators(aggregation, rows),
-    }
-    with executor(name):
-        loss, grad, m = with_grad(function, *flat, mask, cu_seqlens=offsets, **kwargs)
-        padded_loss, padded_grad, padded_m = with_grad(function, *padded, padded_mask, **kwargs)
-        parts = []
-        for a, b in pairwise(cuts):
-            inputs = [t[offsets[a] : offsets[b]] for t in (*flat, mask)]
-            part_offsets = offsets[a : b + 1] - offsets[a]
-            parts.append(with_grad(function, *inputs, cu_seqlens=part_offsets, **kwargs))
-        padded_parts = [
-            with_grad(function, *(t[a:b] for t in (*padded, padded_mask)), **kwargs)
-            for a, b in pairwise(cuts)
-        ]
-    close = {"rtol": 1e-12, "atol": 1e-14}
-    assert_close(padded_loss, loss, **close)
-    assert torch.equal(padded_grad[inside], grad)
-    assert_close(padded_m.stats, m.stats, **close)
-    for some in (parts, padded_parts):
-        assert_close(sum(p[0] for p in some), loss, **close)
-        assert_close(pk.reduce_metrics([p[2] for p in some]).stats, m.stats, **close)
-    assert torch.equal(torch.cat([p[1] for p in parts]), grad)
-    assert torch.equal(torch.cat([p[1] for p in padded_parts]), padded_grad)
+    check_parts(name, function, aggregation, batch)
 
 
 @LOSSES
