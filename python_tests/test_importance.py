@@ -39,7 +39,7 @@ def plain(kind, row):
 @pytest.mark.parametrize("masked", [False, True])
 def test_weights_and_metrics_equal_plain_python(kind, packed, masked):
     shape, ends = ((40,), [5, 5, 16, 17, 40]) if packed else ((8, 5), list(range(5, 45, 5)))
-    old, rollout, _ = tokens(*shape, spread=0.2)
+    old, rollout, _ = tokens(*shape, spread=0.7)
     mask = some_mask(*shape) if masked else None
     if masked:
         mask.view(-1)[:5] = False
@@ -99,7 +99,7 @@ def test_nan_infinities_and_nothing(kind):
         weights, m = pk.importance_weights(far, torch.zeros(1, 3), kind=kind, **BAND)
         assert (weights == torch.tensor(limit if kind.startswith("tis") else 0.0)).all()
         assert m.limited_fraction == 1
-        assert m.ess == (1 if kind.startswith("tis") else 0)
+        assert m.ess.item() == pytest.approx(kind.startswith("tis"))
     for shape in ((0, 4), (3, 0), (3, 4)):
         old, rollout, _ = tokens(*shape)
         weights, m = pk.importance_weights(old, rollout, torch.zeros(shape), kind=kind, **BAND)
@@ -161,7 +161,12 @@ X, N = torch.zeros(2, 3), torch.zeros(4)
         ((X, X.clone().requires_grad_()), {}, ValueError, r"pass rollout_logprobs.detach\(\)"),
         ((X.clone().requires_grad_(), X), {}, ValueError, r"pass old_logprobs.detach\(\)"),
         ((X, X, torch.ones(2)), {}, ValueError, "mask: expected shape"),
-        ((X, X), {"kind": "tip"}, ValueError, "kind: unknown kind 'tip', expected one of tis, tis-"),
+        (
+            (X, X),
+            {"kind": "tip"},
+            ValueError,
+            "kind: unknown kind 'tip', expected one of tis, tis-",
+        ),
         ((X, X), {"low": -1.0}, ValueError, "low: .*got -1"),
         ((X, X), {"low": 3.0}, ValueError, r"high: .*\[3.0, .*got 2"),
         ((X, X), {"high": math.inf}, ValueError, "high: .*got inf"),

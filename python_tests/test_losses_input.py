@@ -77,7 +77,32 @@ VALUE = {"values": X, "old_values": X, "returns": X}
             pk.clipped_loss,
             POLICY | {"variant": "clop"},
             ValueError,
-            "variant: unknown variant 'clop', expected one of clip",
+            "variant: unknown variant 'clop', expected one of clip, cispo, sapo",
+        ),
+        (
+            pk.clipped_loss,
+            POLICY | {"variant": "sapo", "dual_clip": 3.0},
+            ValueError,
+            "dual_clip: expected None, as only clip, gspo, clip-cov use it, got 3.0",
+        ),
+        *(
+            (
+                pk.clipped_loss,
+                PACKED | {"variant": variant},
+                ValueError,
+                f"cu_seqlens: .*'{variant}' needs the sequences of packed logprobs, got None",
+            )
+            for variant in ("gspo", "gmpo")
+        ),
+        (pk.clipped_loss, POLICY | {"tau_pos": 0.0}, ValueError, r"tau_pos: .*\(0, .*got 0"),
+        (pk.clipped_loss, POLICY | {"tau_neg": -1}, ValueError, "tau_neg: .*got -1"),
+        *(
+            (pk.clipped_loss, POLICY | {"variant": "kl-cov"} | bad, ValueError, message)
+            for bad, message in [
+                ({"cov_ratio": 0.0}, r"cov_ratio: .*\(0, 1\], got 0"),
+                ({"cov_low": 6.0}, r"cov_high: .*\[6.0, .*got 5"),
+                ({"kl_coef": -1.0}, "kl_coef: .*got -1"),
+            ]
         ),
         (
             pk.clipped_loss,
