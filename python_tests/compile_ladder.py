@@ -250,6 +250,10 @@ def _losses() -> Iterator[Launch]:
         )
     for shape in ((8, 1024), (65536,)):
         yield launch("clipped_loss", half, shape, "advantage per sequence", per_sequence=True)
+    for variant in ("cispo", "sapo", "gpg", "gspo", "gmpo"):
+        for dtype in (half, double):
+            yield launch("clipped_loss", dtype, (8, 1024), variant, masked=True, variant=variant)
+        yield launch("clipped_loss", single, (65536,), variant, masked=True, variant=variant)
 
 
 def _kl() -> Iterator[Launch]:

@@ -1,7 +1,10 @@
 """What the tests of losses and rewards on GPU backends are called with."""
 
+from functools import partial
+
 import torch
 
+import ppo_kernels as pk
 from ppo_kernels.testing import device_of, executors
 
 BACKENDS = [
@@ -9,6 +12,8 @@ BACKENDS = [
     for e in executors("clipped_loss", "value_loss", "kl_penalty", "shape_rewards")
     if e != "torch" and not e.startswith("cpu")
 ]
+# With a variant that needs numbers of whole sequences.
+LOSSES = [pk.clipped_loss, partial(pk.clipped_loss, variant="gmpo"), pk.value_loss]
 
 
 def example(backend, *shape, seed=0, dtype=torch.float32):

@@ -5,7 +5,7 @@ import math
 import cuda_emulated
 import pytest
 import torch
-from gpu_losses import equal, example, offsets, results
+from gpu_losses import LOSSES, equal, example, offsets, results
 
 import ppo_kernels as pk
 
@@ -17,7 +17,7 @@ BACKEND = cuda_emulated.NAME
 VECTOR, BLOCK, GROUPS = 4, 2048, 1024
 WARP_OF_MASK = 512
 RUN_CHUNK, COLUMN_CHUNK = 4096, 1024
-FUNCTIONS = pytest.mark.parametrize("function", [pk.clipped_loss, pk.value_loss])
+FUNCTIONS = pytest.mark.parametrize("function", LOSSES, ids=["clip", "gmpo", "value"])
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
 
 
@@ -29,6 +29,12 @@ def packed_loss():
     ends = offsets(BACKEND, 0, 3, 700, 701, 701, 4500)
     how = {"cu_seqlens": ends, "aggregation": "seq-mean-token-mean"}
     return results(pk.clipped_loss, BACKEND, inputs, mask, dual_clip=1.5, **how)
+
+
+def loss_of_sequences():
+    inputs, mask = example(BACKEND, 4500, dtype=torch.bfloat16)
+    ends = offsets(BACKEND, 0, 3, 700, 701, 701, 4500)
+    return results(pk.clipped_loss, BACKEND, inputs, mask, variant="gspo", cu_seqlens=ends)
 
 
 def padded_loss():
@@ -58,7 +64,10 @@ def sums():
     return [pk.masked_mean(x, mask, dim, backend=BACKEND) for dim in (None, 0, 1, 2)]
 
 
-@pytest.mark.parametrize("call", [packed_loss, padded_loss, rewards, whitened, sums])
+CALLS = [packed_loss, loss_of_sequences, padded_loss, rewards, whitened, sums]
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_bits_depend_on_no_schedule_and_no_grid(monkeypatch, call):
     expected = call()
     for schedule in cuda_emulated.SCHEDULES:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_losses import BACKENDS, equal, example, offsets, results
+from gpu_losses import BACKENDS, LOSSES, equal, example, offsets, results
 
 import ppo_kernels as pk
 from ppo_kernels import _faults
@@ -10,7 +10,7 @@ from ppo_kernels.ops._aggregation import AGGREGATIONS
 from ppo_kernels.testing import LAYOUTS, device_of
 
 EACH = pytest.mark.parametrize("backend", BACKENDS)
-FUNCTIONS = pytest.mark.parametrize("function", [pk.clipped_loss, pk.value_loss])
+FUNCTIONS = pytest.mark.parametrize("function", LOSSES, ids=["clip", "gmpo", "value"])
 
 
 @pytest.fixture(autouse=True)

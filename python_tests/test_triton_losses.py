@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_losses import BACKENDS, example, offsets, results
+from gpu_losses import BACKENDS, LOSSES, example, offsets, results
 
 import ppo_kernels as pk
 from ppo_kernels.testing import device_of
@@ -31,14 +31,14 @@ def test_sequences_of_many_blocks_are_counted(monkeypatch, masked, dtype):
         "cu_seqlens": offsets("triton", *ends, dtype=dtype),
         "aggregation": "seq-mean-token-mean",
     }
-    for function in (pk.clipped_loss, pk.value_loss):
+    for function in LOSSES:
         got = results(function, "triton", inputs, mask if masked else None, **more)
         want = results(function, "torch", inputs, mask if masked else None, **more)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
         assert torch.equal(got[1][:2], want[1][:2])
 
 
-@FUNCTIONS
+@pytest.mark.parametrize("function", LOSSES, ids=["clip", "gmpo", "value"])
 def test_rows_of_many_blocks_are_counted(monkeypatch, function):
     monkeypatch.setattr(_configs, "COUNTS", _configs.Config(16, 1))
     monkeypatch.setattr(_configs, "TOKENS_FP64", _configs.Config(64, 1))
