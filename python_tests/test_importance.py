@@ -106,6 +106,8 @@ def test_nan_infinities_and_nothing(kind):
         assert not weights.any()
         assert m.tokens == m.limited_fraction == m.kl_k3 == 0
         assert m.weight_mean == m.ess == 1
+        m = pk.importance_weights(old, rollout, torch.zeros(shape), kind=kind, high=0.5).metrics
+        assert not m.stats.any()
 
 
 @KINDS
