@@ -325,6 +325,35 @@ def test_bits_depend_neither_on_threads_nor_on_strides(backend, variant):
         assert all(map(torch.equal, bits(pk.clipped_loss, *strided, **how), expected))
 
 
+@SEQUENCES
+@KERNELS
+def test_a_sequence_is_summed_from_its_first_token_on(backend, variant):
+    """Large log-ratios that cancel each other: every other order of the sum shows."""
+    g = seeded(0)
+    large = torch.ones(300, dtype=torch.float32)
+    large[::2] = -1
+    x = torch.where(torch.arange(600) % 3 > 0, torch.randn(600, generator=g), 0.0)
+    x[torch.randperm(600, generator=g)[:300]] = large * 2.0**50
+    how = {"variant": variant, "clip_low": 1e30, "clip_high": 1e30, "backend": backend}
+
+    def gradient(x, mask=None, offsets=None):
+        adv = torch.full_like(x, -1.0)
+        return with_grad(
+            pk.clipped_loss, x, torch.zeros_like(x), adv, mask, cu_seqlens=offsets,
+            aggregation="token-sum", **how,
+        )[1]  # fmt: skip
+
+    alone = gradient(x[None])[0]
+    assert 0 < alone[0] < torch.inf
+    for before in (1, 3, 17, 900):
+        packed = torch.cat([torch.randn(before, generator=g), x])
+        offsets = torch.tensor([0, before, before + 600])
+        assert torch.equal(gradient(packed, offsets=offsets)[before:], alone)
+        padded = torch.full((2, 600 + before), torch.nan)
+        padded[1, :600] = x
+        assert torch.equal(gradient(padded, ~padded.isnan())[1, :600], alone)
+
+
 @pytest.mark.parametrize("code", range(1, 6))
 @KERNELS
 def test_opcheck(backend, code):
