@@ -301,6 +301,51 @@ def test_at_least_one_token_is_picked_if_there_are_any(variant, backend):
         assert with_grad(pk.clipped_loss, *tokens(*shape), **how)[0] == 0
 
 
+# ---- in the fused losses -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [*OF_TOKENS, *OF_SEQUENCES])
+@pytest.mark.parametrize("packed", [False, True])
+@BACKENDS
+def test_fused_losses_take_variants(backend, packed, variant):
+    g = seeded(0)
+    shape, offsets = ((12,), torch.tensor([0, 5, 5, 6, 12])) if packed else ((3, 4), None)
+    hidden = torch.randn(*shape, 6, generator=g)
+    weight = torch.randn(11, 6, generator=g)
+    labels = torch.randint(11, shape, generator=g)
+    mask = some_mask(*shape)
+    how = {"variant": variant, "cu_seqlens": offsets, "backend": backend, **BOUNDS}
+    leaf = hidden.clone().requires_grad_()
+    logprobs = (leaf @ weight.T).log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    old = logprobs.detach() + 0.3 * torch.randn(shape, generator=g)
+    adv = torch.randn(shape, generator=g)
+    expected = pk.clipped_loss(logprobs, old, adv, mask, **how | {"backend": "torch"})
+    expected.loss.backward()
+    from_logits, from_hidden = (hidden.clone().requires_grad_() for _ in range(2))
+    logits = from_logits @ weight.T
+    a = pk.ppo_loss_from_logits(logits, labels, old, adv, mask, **how)
+    b = pk.ppo_loss_from_hidden(from_hidden, weight, labels, old, adv, mask, chunk=5, **how)
+    for result, other in ((a, from_logits), (b, from_hidden)):
+        result.loss.backward()
+        assert_close(result.loss, expected.loss, rtol=2e-5, atol=1e-6)
+        assert_close(result.metrics.stats, expected.metrics.stats, rtol=2e-5, atol=2e-5)
+        assert_close(other.grad, leaf.grad, rtol=2e-4, atol=1e-5)
+
+
+@COVARIANCES
+def test_fused_losses_pick_no_tokens(variant):
+    x, labels = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"variant: .*{variant}.*only clipped_loss picks"):
+        pk.ppo_loss_from_logits(torch.zeros(2, 3, 5), labels, x, x, variant=variant)
+
+
+@pytest.mark.parametrize("variant", OF_SEQUENCES)
+def test_fused_losses_ask_for_sequences(variant):
+    x, labels = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"cu_seqlens: .*{variant}.*of packed tokens, got None"):
+        pk.ppo_loss_from_logits(torch.zeros(3, 5), labels, x, x, variant=variant)
+
+
 # ---- bits and graphs ---------------------------------------------------------------------------
 
 

@@ -101,6 +101,7 @@ def check(
         "tokens", tokens, mask, cu_seqlens, aggregation, denominator, norm_length
     )
     _policy.constants("tokens", tokens, old_logprobs, advantages, cu_seqlens)
+    _policy.sequences(policy, "tokens", tokens, cu_seqlens)
     _checks.number("entropy_coef", entropy_coef, low=0)
     _checks.number("kl_coef", kl_coef, low=0)
     _checks.choice("kl_estimator", kl_estimator, kl.ESTIMATORS)

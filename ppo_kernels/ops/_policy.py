@@ -29,8 +29,12 @@ class Policy(NamedTuple):
     code: int
 
     @property
-    def reference(self) -> Reference:
-        return next(v.reference for v in VARIANTS.values() if v.code == self.code)
+    def name(self) -> str:
+        return next(name for name, variant in VARIANTS.items() if variant.code == self.code)
+
+    @property
+    def variant(self) -> Variant:
+        return VARIANTS[self.name]
 
 
 class PolicyInput(NamedTuple):
@@ -214,10 +218,19 @@ def policy(
     log_ratio_clamp: float | None,
     tau_pos: float = 1.0,
     tau_neg: float = 1.05,
+    *,
+    selections: bool = False,
 ) -> Policy:
-    """Checks the settings that all functions with a policy loss share."""
+    """Checks the settings that all functions with a policy loss share.
+
+    With `selections` the caller picks the tokens of variants of that kind.
+    """
     if variant not in VARIANTS:
         _checks.choice("variant", variant, VARIANTS)
+    if VARIANTS[variant].kind == "selection" and not selections:
+        raise ValueError(
+            f"variant: expected another than {variant!r}, for which only clipped_loss picks tokens"
+        )
     _checks.number("clip_low", clip_low, low=0)
     if clip_high is None:
         clip_high = clip_low
@@ -244,12 +257,12 @@ def policy(
     return Policy(low, high, dual_clip, log_ratio_clamp, VARIANTS[variant].code)
 
 
-def sequences(variant: str, live_name: str, live: Tensor, cu_seqlens: Tensor | None) -> None:
+def sequences(policy: Policy, live_name: str, live: Tensor, cu_seqlens: Tensor | None) -> None:
     """Checks that there are sequences if the variant needs them."""
-    if VARIANTS[variant].kind == "sequence" and live.dim() == 1 and cu_seqlens is None:
+    if policy.variant.kind == "sequence" and live.dim() == 1 and cu_seqlens is None:
         raise ValueError(
-            f"cu_seqlens: expected offsets, as variant {variant!r} needs the sequences of packed "
-            f"{live_name}, got None"
+            f"cu_seqlens: expected offsets, as variant {policy.name!r} needs the sequences of "
+            f"packed {live_name}, got None"
         )
 
 

@@ -43,7 +43,7 @@ def selection(
 @torch.no_grad()
 def clip_cov(tokens: PolicyInput, policy: Policy, how: Selection) -> Tensor:
     """The advantages, 0 for the picked tokens: so are then their loss and their gradient."""
-    made = policy.reference(tokens, policy)
+    made = policy.variant.reference(tokens, policy)
     clipped = made.above_high | made.below_low | made.above_dual
     covariance = _covariance(tokens)
     candidates = tokens.batch.live & ~clipped & tokens.x.exp().isfinite()

@@ -137,9 +137,10 @@ def clipped_loss(
     )
     _policy.constants("logprobs", logprobs, old_logprobs, advantages, cu_seqlens)
     policy = _policy.policy(
-        variant, clip_low, clip_high, dual_clip, log_ratio_clamp, tau_pos, tau_neg
-    )
-    _policy.sequences(variant, "logprobs", logprobs, cu_seqlens)
+        variant, clip_low, clip_high, dual_clip, log_ratio_clamp, tau_pos, tau_neg,
+        selections=True,
+    )  # fmt: skip
+    _policy.sequences(policy, "logprobs", logprobs, cu_seqlens)
     served_by = _LOSS.resolve(logprobs.device, backend)
     args = (logprobs, old_logprobs, advantages, policy, frame)
     if _policy.VARIANTS[variant].kind == "selection":
@@ -197,7 +198,7 @@ def reference(
     frame: Frame,
 ) -> tuple[Tensor, Tensor]:
     tokens = _policy.inputs(Batch(logprobs, frame), logprobs, old_logprobs, advantages, policy)
-    made = policy.reference(tokens, policy)
+    made = policy.variant.reference(tokens, policy)
     return tokens.batch.aggregate(made.loss, frame), _stats(tokens, made)
 
 
