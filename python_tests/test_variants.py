@@ -309,7 +309,9 @@ def test_at_least_one_token_is_picked_if_there_are_any(variant, backend):
 @BACKENDS
 def test_fused_losses_take_variants(backend, packed, variant):
     g = seeded(0)
-    shape, offsets = ((12,), torch.tensor([0, 5, 5, 6, 12])) if packed else ((3, 4), None)
+    shape, offsets = (5, 120), None
+    if packed:
+        shape, offsets = (600,), torch.tensor([0, 250, 250, 251, 600])
     hidden = torch.randn(*shape, 6, generator=g)
     weight = torch.randn(11, 6, generator=g)
     labels = torch.randint(11, shape, generator=g)
@@ -324,12 +326,12 @@ def test_fused_losses_take_variants(backend, packed, variant):
     from_logits, from_hidden = (hidden.clone().requires_grad_() for _ in range(2))
     logits = from_logits @ weight.T
     a = pk.ppo_loss_from_logits(logits, labels, old, adv, mask, **how)
-    b = pk.ppo_loss_from_hidden(from_hidden, weight, labels, old, adv, mask, chunk=5, **how)
+    b = pk.ppo_loss_from_hidden(from_hidden, weight, labels, old, adv, mask, chunk=256, **how)
     for result, other in ((a, from_logits), (b, from_hidden)):
         result.loss.backward()
         assert_close(result.loss, expected.loss, rtol=2e-5, atol=1e-6)
         assert_close(result.metrics.stats, expected.metrics.stats, rtol=2e-5, atol=2e-5)
-        assert_close(other.grad, leaf.grad, rtol=2e-4, atol=1e-5)
+        assert_close(other.grad, leaf.grad, rtol=2e-4, atol=2e-7)
 
 
 @COVARIANCES
