@@ -101,8 +101,8 @@ def clipped_loss(
             sapo, gpg and kl-cov, as is clip_high.
         clip_high: The upper epsilon, at least 0; None for clip_low.
         dual_clip: c above, larger than 1, for clip, gspo and clip-cov; None for none.
-        variant: clip, cispo, sapo, gpg, gspo, gmpo, clip-cov or kl-cov. gspo and gmpo are meant for
-            seq-mean-token-mean, with which they are exactly the objective of their papers.
+        variant: clip, cispo, sapo, gpg, gspo, gmpo, clip-cov or kl-cov. With advantages per
+            sequence and seq-mean-token-mean, gspo and gmpo are exactly what their papers define.
         aggregation: See the table.
         denominator: D in the table, a number or a 0-d tensor on the same device (never waited for).
             Where it is 0 the loss and its gradient are 0.
