@@ -358,6 +358,34 @@ def _scan() -> Iterator[Launch]:
     yield Launch("scan", "float32 [1, 2^24]", partial(plain, torch.float32, 1, 2**24))
 
 
+def _ppo_loss() -> Iterator[Launch]:
+    def launch(dtype: torch.dtype, vocab: int, quick: bool = False, **options: Any) -> Launch:
+        def call() -> None:
+            logits = meta(8, 1024, vocab, dtype=dtype, grad=True)
+            tokens = meta(8, 1024, dtype=torch.int64)
+            given = dict(options)
+            if "kl_coef" in given:
+                given["ref_logprobs"] = meta(8, 1024)
+                given["loss_scale"] = meta()
+            out = pk.ppo_loss_from_logits(
+                logits, tokens, meta(8, 1024), meta(8), backend="triton", **given
+            )
+            backward(out.loss)
+
+        words = [str(dtype).removeprefix("torch."), f"V={vocab}", *map(str, options.values())]
+        return Launch("ppo_loss", " ".join(words), call, quick)
+
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    everything = {"entropy_coef": 0.01, "kl_coef": 0.1, "kl_gradient": "k2", "softcap": 30.0}
+    yield launch(half, 151936, quick=True)
+    for dtype in (half, single, double):
+        for vocab in (200, 151936):
+            yield launch(dtype, vocab, **everything)
+    yield launch(single, 50257, variant="cispo")
+    yield launch(single, 50257, variant="sapo", kl_coef=0.1)
+    yield launch(half, 50257, variant="gpg", entropy_coef=0.01)
+
+
 LAUNCHES: list[Launch] = [
     *_logprob(),
     *_moments(),
@@ -365,6 +393,7 @@ LAUNCHES: list[Launch] = [
     *_losses(),
     *_kl(),
     *_scan(),
+    *_ppo_loss(),
 ]
 
 
@@ -512,11 +541,17 @@ def problems(found: dict[str, dict[str, int]], recorded: dict[str, dict[str, int
 # ---- records -------------------------------------------------------------------------------------
 
 
+# Families whose kernels are launched with another's, or made of its functions.
+USED = {"ppo_loss": ("kl", "logprob", "losses", "moments")}
+
+
 def sources(family: str) -> dict[str, str]:
-    """Hashes of what a family's kernels are made of: its modules and the shared ones."""
+    """Hashes of what a family's kernels are made of: modules of its own and shared ones."""
+    names = ("_[!_]", family, *USED.get(family, ()))
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted([*SOURCES.glob("_[!_]*.py"), *SOURCES.glob(f"{family}*.py")])
+        for name in names
+        for path in sorted(SOURCES.glob(f"{name}*.py"))
     }
 
 

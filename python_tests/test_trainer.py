@@ -357,6 +357,13 @@ def test_separate_value_model_leaves_the_policy_to_the_policy_loss(config, dtype
     assert math.isfinite(log_lines(config)[-1]["value/loss"])
 
 
+@pytest.mark.parametrize("variant", ["cispo", "sapo", "gpg", "gspo", "gmpo"])
+def test_every_policy_loss_trains(config, variant):
+    settings = replace(config, variant=variant, aggregation="seq-mean-token-mean", kl_coef=0.0)
+    result = run(replace(settings, steps=25, eval_samples=256))
+    assert result.after.mean > result.before.mean + 0.02
+
+
 def test_value_gradient_reaches_the_chosen_trunk_only(parts, config):
     _, shared, _, rollout = parts
     separate = ActorCritic(tiny.model(), shared.forbidden.tolist(), separate=True)

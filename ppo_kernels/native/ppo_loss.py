@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ..ops._aggregation import AGGREGATIONS, Batch, Frame
 from ..ops._objective import Objective, total
 from . import Native, kl, logprob, logprob_hidden, losses, moments
@@ -25,6 +26,8 @@ class Kernels(NamedTuple):
 
     Attributes:
         backward_into: logprob_backward, with the tensor it is to write as first argument.
+        rows_at_once: From rows of logits to their log-probabilities, entropies and gradient, if
+            there is a kernel for it; it may decline.
     """
 
     rows: Rows
@@ -33,6 +36,7 @@ class Kernels(NamedTuple):
     kl_forward: Callable[..., Tensor]
     kl_backward: Callable[..., Tensor]
     masked_sum: Callable[..., tuple[Tensor, Tensor]]
+    rows_at_once: Callable[..., tuple[Tensor, Tensor] | None] | None = None
 
 
 def ppo_loss_from_logits(native: Native, *args: Any) -> tuple[Tensor, ...]:
@@ -78,15 +82,25 @@ def from_logits(
     o = Objective.of(objective)
     labels = (tokens, o.frame.mask, temperatures)
     settings = (temperature, softcap, logit_scale, _NO_LABEL)
-    logprobs, entropies, state = k.rows.forward(logits, *labels, *settings, o.entropy, False)
-    tail = _Tail(k, o, tokens, logprobs.dtype)
-    loss, stats, terms, policy = tail.loss(logprobs, entropies, o.frame)
+    tail = Tail(k, o, tokens, _checks.compute_dtype(logits))
+    needs_gradient = o.frame.needs_gradient
+    grad = logits
+    if not overwrite:
+        grad = k.rows.empty_large(logits.shape if needs_gradient else (0,), logits.dtype)
+    at_once = None
+    if needs_gradient and k.rows_at_once and not o.whole_sequences:
+        at_once = k.rows_at_once(grad, logits, labels, settings, o, tail)
+    if at_once is not None:
+        logprobs, entropies = at_once
+        frame = o.frame._replace(needs_gradient=False)
+        loss, stats, terms, _ = tail.loss(logprobs, entropies, frame)
+    else:
+        logprobs, entropies, state = k.rows.forward(logits, *labels, *settings, o.entropy, False)
+        loss, stats, terms, policy = tail.loss(logprobs, entropies, o.frame)
+        if needs_gradient:
+            g, h = tail.gradients(o, tail.weights, logprobs, policy)
+            k.backward_into(grad, g, h, logits, *labels, logprobs, state, *settings)
     result = (loss, stats, terms, logprobs, entropies)
-    if not o.frame.needs_gradient:
-        return *result, logits.new_empty(0)
-    g, h = tail.gradients(o, tail.weights, logprobs, policy)
-    grad = logits if overwrite else k.rows.empty_large(logits.shape, logits.dtype)
-    k.backward_into(grad, g, h, logits, *labels, logprobs, state, *settings)
     return result if overwrite else (*result, grad)
 
 
@@ -111,7 +125,7 @@ def from_hidden(
     rows: tuple[Any, ...] = (*settings, vocab, chunk)
     scoring = Scoring(k.rows, hidden, weight, bias, *(*labels, *rows, o.entropy))
     gradients = Gradients(scoring.head, hidden, weight, bias, needs)
-    tail = _Tail(k, o, tokens, scoring.head.dtype)
+    tail = Tail(k, o, tokens, scoring.head.dtype)
     at_once = any(needs) and not o.whole_sequences
     parts = None
     if at_once:
@@ -135,7 +149,7 @@ def from_hidden(
     return loss, stats, terms, logprobs, entropies, *made
 
 
-class _Tail:
+class Tail:
     """From log-probabilities and entropies of tokens to the loss, and back."""
 
     def __init__(self, k: Kernels, o: Objective, tokens: Tensor, dtype: torch.dtype) -> None:

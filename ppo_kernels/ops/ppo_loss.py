@@ -47,6 +47,8 @@ def ppo_loss_from_logits(
     norm_length: float | None = None,
     cu_seqlens: Tensor | None = None,
     log_ratio_clamp: float | None = None,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
     entropy: bool = False,
     entropy_coef: float = 0.0,
     ref_logprobs: Tensor | None = None,
@@ -88,12 +90,14 @@ def ppo_loss_from_logits(
         clip_low: See `clipped_loss`.
         clip_high: See `clipped_loss`.
         dual_clip: See `clipped_loss`.
-        variant: See `clipped_loss`.
+        variant: See `clipped_loss`; not clip-cov or kl-cov, which pick tokens by all of them.
         aggregation: See `clipped_loss`; of the entropy and the KL too.
         denominator: See `clipped_loss`; of the entropy and the KL too.
         norm_length: See `clipped_loss`.
         cu_seqlens: See `clipped_loss`.
         log_ratio_clamp: As in `clipped_loss`, and for the ratio to the reference too.
+        tau_pos: See `clipped_loss`.
+        tau_neg: See `clipped_loss`.
         entropy: Measure the entropy; implied by `entropy_coef`.
         entropy_coef: The weight of the entropy bonus, at least 0.
         ref_logprobs: As old_logprobs, of a reference policy; None for no KL.
@@ -128,7 +132,9 @@ def ppo_loss_from_logits(
     logprob.check(logits, tokens)
     logprob.check_transform(tokens, mask, softcap, logit_scale, ignore_index)
     temperatures, scalar = logprob.split_temperature(temperature, tokens)
-    policy = _policy.policy(variant, clip_low, clip_high, dual_clip, log_ratio_clamp)
+    policy = _policy.policy(
+        variant, clip_low, clip_high, dual_clip, log_ratio_clamp, tau_pos, tau_neg
+    )
     o = _objective.check(
         _checks.compute_dtype(logits), tokens, ignore_index,
         old_logprobs, advantages, mask, policy=policy,
@@ -172,6 +178,8 @@ def ppo_loss_from_hidden(
     norm_length: float | None = None,
     cu_seqlens: Tensor | None = None,
     log_ratio_clamp: float | None = None,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
     entropy: bool = False,
     entropy_coef: float = 0.0,
     ref_logprobs: Tensor | None = None,
@@ -216,6 +224,8 @@ def ppo_loss_from_hidden(
         norm_length: See `ppo_loss_from_logits`.
         cu_seqlens: See `ppo_loss_from_logits`.
         log_ratio_clamp: See `ppo_loss_from_logits`.
+        tau_pos: See `ppo_loss_from_logits`.
+        tau_neg: See `ppo_loss_from_logits`.
         entropy: See `ppo_loss_from_logits`.
         entropy_coef: See `ppo_loss_from_logits`.
         ref_logprobs: See `ppo_loss_from_logits`.
@@ -243,7 +253,9 @@ def ppo_loss_from_hidden(
     vocab = logprob_hidden.check(hidden, weight, tokens, bias, vocab_size, chunk)
     logprob.check_transform(tokens, mask, softcap, logit_scale, ignore_index)
     temperatures, scalar = logprob.split_temperature(temperature, tokens)
-    policy = _policy.policy(variant, clip_low, clip_high, dual_clip, log_ratio_clamp)
+    policy = _policy.policy(
+        variant, clip_low, clip_high, dual_clip, log_ratio_clamp, tau_pos, tau_neg
+    )
     o = _objective.check(
         _checks.compute_dtype(hidden), tokens, ignore_index,
         old_logprobs, advantages, mask, policy=policy,

@@ -91,6 +91,8 @@ class Config:
     max_grad_norm: float = 1.0
     """Largest norm of a minibatch's gradient."""
 
+    variant: Literal["clip", "cispo", "sapo", "gpg", "gspo", "gmpo"] = "clip"
+    """Policy loss, as docs/variants.md lists them."""
     clip_low: float = 0.2
     """The ratio is clipped at 1 - clip_low from below."""
     clip_high: float | None = None
@@ -142,6 +144,8 @@ class Config:
             for expected, (names, holds) in _LIMITS.items():
                 if field.name in names and not holds(value):
                     raise _wrong(field.name, value, expected)
+        if self.dual_clip is not None and self.variant not in ("clip", "gspo"):
+            raise _wrong("dual_clip", self.dual_clip, f"none, as {self.variant} has no such bound")
         if self.rollouts % self.minibatch:
             raise _wrong("minibatch", self.minibatch, f"a divisor of rollouts ({self.rollouts})")
 

@@ -210,6 +210,7 @@ def accumulate_gradients(actor: ActorCritic, minibatch: Experience, config: Conf
             micro.advantages,
             micro.mask,
             temperature=config.temperature,
+            variant=config.variant,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             dual_clip=config.dual_clip,

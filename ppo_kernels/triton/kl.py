@@ -43,7 +43,7 @@ def _value(d, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
-def _slope(d, ESTIMATOR: tl.constexpr):
+def kl_slope(d, ESTIMATOR: tl.constexpr):
     if ESTIMATOR == _K1:
         slope = tl.full(d.shape, 1.0, d.dtype)
     elif ESTIMATOR == _K2:
@@ -94,7 +94,7 @@ def slope_kernel(
     g = load_live(upstream, upstream_b, upstream_t, i, inside, live, cols, FLAT, DTYPE)
     limit = limit.to(DTYPE)
     clamped = (d > limit) | (d < -limit)
-    slope = tl.where(live & ~clamped, g * _slope(d, ESTIMATOR), 0.0)
+    slope = tl.where(live & ~clamped, g * kl_slope(d, ESTIMATOR), 0.0)
     store_tokens(grad, i, slope, inside)
 
 

@@ -40,11 +40,11 @@ from ._math import (
     tree_sum,
 )
 
-_SKIPPED = tl.constexpr(0)
-_LIVE = tl.constexpr(1)
+SKIPPED = tl.constexpr(0)
+LIVE = tl.constexpr(1)
 
 # Only strides of logits decide how wide loads are; anything else specialized is one JIT more.
-_UNSPECIALIZED = (
+UNSPECIALIZED = (
     "cols",
     "tokens_b",
     "tokens_t",
@@ -57,21 +57,21 @@ _UNSPECIALIZED = (
 
 
 @triton.jit
-def _read_row(
+def read_row(
     row, col, vocab, tokens, tokens_b, tokens_t, mask, mask_b, mask_t,
     temperatures, temperatures_b, temperatures_t, ignore_index, gain,
 ):  # fmt: skip
     """What a position is (skipped, live, or its fault negated), its token and its gain."""
-    kind = _LIVE
+    kind = LIVE
     if mask is not None:
-        kind = tl.where(tl.load(mask + row * mask_b + col * mask_t) != 0, kind, _SKIPPED)
+        kind = tl.where(tl.load(mask + row * mask_b + col * mask_t) != 0, kind, SKIPPED)
     token = tl.load(tokens + row * tokens_b + col * tokens_t).to(tl.int64)
-    kind = tl.where(token == ignore_index, _SKIPPED, kind)
-    bad = (kind == _LIVE) & ((token < 0) | (token >= vocab))
+    kind = tl.where(token == ignore_index, SKIPPED, kind)
+    bad = (kind == LIVE) & ((token < 0) | (token >= vocab))
     kind = tl.where(bad, -BAD_TOKEN, kind)
     if temperatures is not None:
         t = tl.load(temperatures + row * temperatures_b + col * temperatures_t).to(tl.float64)
-        bad = (kind == _LIVE) & ~((t > 0.0) & (t < INF))
+        bad = (kind == LIVE) & ~((t > 0.0) & (t < INF))
         kind = tl.where(bad, -BAD_TEMPERATURE, kind)
         gain = gain * reciprocal(t)
     return kind, token, gain
@@ -182,46 +182,12 @@ def _finish(o_max, o_at_max, o_rest, o_slope, target, gain, DTYPE: tl.constexpr)
 
 
 @triton.jit
-def _write_row(
-    i, logprobs, entropies, state, logprob, entropy, highest, log_sum, mean, ENTROPY: tl.constexpr
-):
-    tl.store(logprobs + i, logprob)
-    if ENTROPY:
-        tl.store(entropies + i, entropy)
-    tl.store(state + 3 * i, highest)
-    tl.store(state + 3 * i + 1, log_sum)
-    tl.store(state + 3 * i + 2, mean)
-
-
-@triton.jit
-def _write_row_without_sums(
-    i, kind, logprobs, entropies, state, faults, ENTROPY: tl.constexpr, DTYPE: tl.constexpr
-):
-    """A skipped position gives 0, a faulty one NaN."""
-    if kind < 0:
-        report_fault(faults, i, (-kind).to(tl.int64))
-    fill = tl.where(kind < 0, float("nan"), 0.0).to(DTYPE)
-    _write_row(i, logprobs, entropies, state, fill, fill, fill, fill, fill, ENTROPY)
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def forward_kernel(
-    logits, logits_b, logits_t, logits_v, tokens, tokens_b, tokens_t, mask, mask_b, mask_t,
-    temperatures, temperatures_b, temperatures_t, logprobs, entropies, state, faults,
-    cols, vocab, ignore_index, gain: tl.float64, inner: tl.float64, outer: tl.float64,
+def score_row(
+    logits, logits_v, vocab, token, gain, inner, outer,
     SEGMENT: tl.constexpr, BLOCK: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One program per row."""
-    i, row, col = position(tl.program_id(0), cols)
-    kind, token, gain = _read_row(
-        row, col, vocab, tokens, tokens_b, tokens_t, mask, mask_b, mask_t,
-        temperatures, temperatures_b, temperatures_t, ignore_index, gain,
-    )  # fmt: skip
-    if kind != _LIVE:
-        _write_row_without_sums(i, kind, logprobs, entropies, state, faults, ENTROPY, DTYPE)
-        return
-    logits += row * logits_b + col * logits_t
+    """See `_finish`; all segments of a row in order."""
     highest = tl.full([], -INF, DTYPE)
     at_max = tl.full([], 0.0, DTYPE)
     rest = tl.full([], 0.0, DTYPE)
@@ -235,13 +201,57 @@ def forward_kernel(
             highest, at_max, rest, slope, s_max, s_at_max, s_rest, s_slope, gain, DTYPE
         )
     target = _transform(tl.load(logits + token * logits_v).to(DTYPE), inner, outer, SOFTCAP)
-    logprob, entropy, highest, log_sum, mean = _finish(
-        highest, at_max, rest, slope, target, gain, DTYPE
-    )
-    _write_row(i, logprobs, entropies, state, logprob, entropy, highest, log_sum, mean, ENTROPY)
+    return _finish(highest, at_max, rest, slope, target, gain, DTYPE)
 
 
-@triton.jit(do_not_specialize=(*_UNSPECIALIZED, "segments"))
+@triton.jit
+def write_row(
+    i, logprobs, entropies, state, logprob, entropy, highest, log_sum, mean, ENTROPY: tl.constexpr
+):
+    tl.store(logprobs + i, logprob)
+    if ENTROPY:
+        tl.store(entropies + i, entropy)
+    tl.store(state + 3 * i, highest)
+    tl.store(state + 3 * i + 1, log_sum)
+    tl.store(state + 3 * i + 2, mean)
+
+
+@triton.jit
+def write_row_without_sums(
+    i, kind, logprobs, entropies, state, faults, ENTROPY: tl.constexpr, DTYPE: tl.constexpr
+):
+    """A skipped position gives 0, a faulty one NaN."""
+    if kind < 0:
+        report_fault(faults, i, (-kind).to(tl.int64))
+    fill = tl.where(kind < 0, float("nan"), 0.0).to(DTYPE)
+    write_row(i, logprobs, entropies, state, fill, fill, fill, fill, fill, ENTROPY)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def forward_kernel(
+    logits, logits_b, logits_t, logits_v, tokens, tokens_b, tokens_t, mask, mask_b, mask_t,
+    temperatures, temperatures_b, temperatures_t, logprobs, entropies, state, faults,
+    cols, vocab, ignore_index, gain: tl.float64, inner: tl.float64, outer: tl.float64,
+    SEGMENT: tl.constexpr, BLOCK: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One program per row."""
+    i, row, col = position(tl.program_id(0), cols)
+    kind, token, gain = read_row(
+        row, col, vocab, tokens, tokens_b, tokens_t, mask, mask_b, mask_t,
+        temperatures, temperatures_b, temperatures_t, ignore_index, gain,
+    )  # fmt: skip
+    if kind != LIVE:
+        write_row_without_sums(i, kind, logprobs, entropies, state, faults, ENTROPY, DTYPE)
+        return
+    logits += row * logits_b + col * logits_t
+    logprob, entropy, highest, log_sum, mean = score_row(
+        logits, logits_v, vocab, token, gain, inner, outer, SEGMENT, BLOCK, ENTROPY, SOFTCAP, DTYPE
+    )  # fmt: skip
+    write_row(i, logprobs, entropies, state, logprob, entropy, highest, log_sum, mean, ENTROPY)
+
+
+@triton.jit(do_not_specialize=(*UNSPECIALIZED, "segments"))
 def segments_kernel(
     logits, logits_b, logits_t, logits_v, tokens, tokens_b, tokens_t, mask, mask_b, mask_t,
     temperatures, temperatures_b, temperatures_t, sums, segments,
@@ -253,11 +263,11 @@ def segments_kernel(
     program = tl.program_id(0)
     segment = program % segments
     i, row, col = position(program // segments, cols)
-    kind, token, gain = _read_row(
+    kind, token, gain = read_row(
         row, col, vocab, tokens, tokens_b, tokens_t, mask, mask_b, mask_t,
         temperatures, temperatures_b, temperatures_t, ignore_index, gain,
     )  # fmt: skip
-    if kind != _LIVE:
+    if kind != LIVE:
         return
     logits += row * logits_b + col * logits_t
     begin = segment * SEGMENT
@@ -272,7 +282,7 @@ def segments_kernel(
     tl.store(sums + 3, slope)
 
 
-@triton.jit(do_not_specialize=(*_UNSPECIALIZED, "segments"))
+@triton.jit(do_not_specialize=(*UNSPECIALIZED, "segments"))
 def merge_kernel(
     logits, logits_b, logits_t, logits_v, tokens, tokens_b, tokens_t, mask, mask_b, mask_t,
     temperatures, temperatures_b, temperatures_t, sums, segments, logprobs, entropies, state,
@@ -281,12 +291,12 @@ def merge_kernel(
 ):  # fmt: skip
     """One program per row, after segments_kernel."""
     i, row, col = position(tl.program_id(0), cols)
-    kind, token, gain = _read_row(
+    kind, token, gain = read_row(
         row, col, vocab, tokens, tokens_b, tokens_t, mask, mask_b, mask_t,
         temperatures, temperatures_b, temperatures_t, ignore_index, gain,
     )  # fmt: skip
-    if kind != _LIVE:
-        _write_row_without_sums(i, kind, logprobs, entropies, state, faults, ENTROPY, DTYPE)
+    if kind != LIVE:
+        write_row_without_sums(i, kind, logprobs, entropies, state, faults, ENTROPY, DTYPE)
         return
     logits += row * logits_b + col * logits_t
     sums += 4 * i * segments
@@ -304,10 +314,29 @@ def merge_kernel(
     logprob, entropy, highest, log_sum, mean = _finish(
         highest, at_max, rest, slope, target, gain, DTYPE
     )
-    _write_row(i, logprobs, entropies, state, logprob, entropy, highest, log_sum, mean, ENTROPY)
+    write_row(i, logprobs, entropies, state, logprob, entropy, highest, log_sum, mean, ENTROPY)
 
 
-@triton.jit(do_not_specialize=(*_UNSPECIALIZED, "blocks", "g_b", "g_t", "h_b", "h_t"))
+@triton.jit
+def gradient_of_columns(
+    logits, inside, target, g, h, logprob, highest, log_sum, mean, gain, inner, outer,
+    ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Of the logits at these addresses, from that of the log-probability and the entropy."""
+    x = tl.load(logits, mask=inside, other=0.0).to(DTYPE)
+    u = _transform(x, inner, outer, SOFTCAP)
+    c = (gain * LN2).to(DTYPE)
+    y = (u - highest) * gain.to(DTYPE)
+    p = tl.where(target, tl.exp(logprob), tl.exp2(y - log_sum * LOG2E))
+    grad = -(g * c) * tl.where(target, expm1(logprob), p)
+    if ENTROPY:
+        grad += tl.where(p == 0.0, 0.0, (h * c) * (p * (mean - y * LN2)))
+    if SOFTCAP:
+        grad *= tl.cast(inner * outer, DTYPE) * sech2(x * tl.cast(inner, DTYPE))
+    return grad
+
+
+@triton.jit(do_not_specialize=(*UNSPECIALIZED, "blocks", "g_b", "g_t", "h_b", "h_t"))
 def backward_kernel(
     grad_logprobs, g_b, g_t, grad_entropy, h_b, h_t, logits, logits_b, logits_t, logits_v,
     tokens, tokens_b, tokens_t, mask, mask_b, mask_t,
@@ -320,7 +349,7 @@ def backward_kernel(
     program = tl.program_id(0)
     block = program % blocks
     i, row, col = position(program // blocks, cols)
-    kind, token, gain = _read_row(
+    kind, token, gain = read_row(
         row, col, vocab, tokens, tokens_b, tokens_t, mask, mask_b, mask_t,
         temperatures, temperatures_b, temperatures_t, ignore_index, gain,
     )  # fmt: skip
@@ -333,31 +362,24 @@ def backward_kernel(
     columns = block * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocab
     grad_logits += row * grad_b + col * grad_t + columns.to(tl.int64) * grad_v
-    asked = (kind != _SKIPPED) & ~((g == 0.0) & (h == 0.0))
-    if (kind != _LIVE) | ~asked:
+    asked = (kind != SKIPPED) & ~((g == 0.0) & (h == 0.0))
+    if (kind != LIVE) | ~asked:
         fill = tl.where(asked, float("nan"), 0.0)
         tl.store(grad_logits, tl.full([BLOCK], 0.0, DTYPE) + fill, mask=inside)
         return
     logits += row * logits_b + col * logits_t + columns.to(tl.int64) * logits_v
-    x = tl.load(logits, mask=inside, other=0.0).to(DTYPE)
-    u = _transform(x, inner, outer, SOFTCAP)
     highest = tl.load(state + 3 * i)
     log_sum = tl.load(state + 3 * i + 1)
     mean = tl.load(state + 3 * i + 2)
     logprob = tl.load(logprobs + i)
-    c = (gain * LN2).to(DTYPE)
-    y = (u - highest) * gain.to(DTYPE)
-    target = columns == token
-    p = tl.where(target, tl.exp(logprob), tl.exp2(y - log_sum * LOG2E))
-    grad = -(g * c) * tl.where(target, expm1(logprob), p)
-    if grad_entropy is not None:
-        grad += tl.where(p == 0.0, 0.0, (h * c) * (p * (mean - y * LN2)))
-    if SOFTCAP:
-        grad *= tl.cast(inner * outer, DTYPE) * sech2(x * tl.cast(inner, DTYPE))
+    grad = gradient_of_columns(
+        logits, inside, columns == token, g, h, logprob, highest, log_sum, mean, gain, inner, outer,
+        grad_entropy is not None, SOFTCAP, DTYPE,
+    )  # fmt: skip
     tl.store(grad_logits, grad, mask=inside)
 
 
-class _Rows:
+class Rows:
     """What all kernels are told about a call: positions [B, T], their labels, and the transform."""
 
     def __init__(
@@ -392,16 +414,20 @@ class _Rows:
         }
 
 
+def forward_config(logits: Tensor) -> _configs.Config:
+    wide = logits.dtype == torch.float64
+    table = _configs.LOGPROB_FORWARD_FP64 if wide else _configs.LOGPROB_FORWARD
+    return table.choose(logits.shape[-1])
+
+
 def logprob_forward(logits: Tensor, tokens: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *settings, entropy, _ = args
     dtype = _checks.compute_dtype(logits)
     logprobs = logits.new_empty(tokens.shape, dtype=dtype)
     entropies = logits.new_empty(tokens.shape if entropy else (0,), dtype=dtype)
     state = logits.new_empty((*tokens.shape, 3), dtype=dtype)
-    call = _Rows(logits, tokens, *settings)
-    wide = logits.dtype == torch.float64
-    table = _configs.LOGPROB_FORWARD_FP64 if wide else _configs.LOGPROB_FORWARD
-    config = table.choose(call.vocab)
+    call = Rows(logits, tokens, *settings)
+    config = forward_config(logits)
     constants = call.constants | {"ENTROPY": entropy}
     tiles = {"SEGMENT": config.segment, "BLOCK": config.block}
     results = (logprobs, entropies, state, _faults.flag(logits.device))
@@ -447,7 +473,7 @@ def logprob_backward_into(
     state: Tensor,
     *settings: Any,
 ) -> None:
-    call = _Rows(logits, tokens, mask, temperatures, *settings)
+    call = Rows(logits, tokens, mask, temperatures, *settings)
     if logits.dim() > 3:  # in place, a copy would lose the gradient
         grad_logits = grad_logits.view(-1, *logits.shape[-2:])
     grad_logprobs, grad_entropy = two_leading_each(grad_logprobs, grad_entropy)

@@ -239,10 +239,10 @@ def bounded_log_ratio(x, advantage, low, high):
 
 @triton.jit
 def policy_loss(
-    logprob, x, ratio, ratio_minus_one, advantage, of_sequence, low, high, dual,
+    logprob, moved, x, ratio, ratio_minus_one, advantage, of_sequence, low, high, dual, limit,
     VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """Loss, d loss / d logprob, and which bound replaced the ratio."""
+    """Loss, d loss / d logprob, and which bound replaced the ratio; x is `moved` within a limit."""
     never = ratio < -INF
     if VARIANT == _CISPO:
         result = weighted_logprob(logprob, ratio, advantage, low, high)
@@ -257,7 +257,10 @@ def policy_loss(
         result = of_sequence, tl.where(above | below, 0.0, of_sequence), above, below, never
     else:
         result = clipped_ratio(ratio, advantage, low, high, dual)
-    return result
+    loss, slope, above_high, below_low, above_dual = result
+    if VARIANT != _CISPO and VARIANT != _GPG:  # noqa: PLR1714
+        slope = tl.where((moved > limit) | (moved < -limit), 0.0, slope)
+    return loss, slope, above_high, below_low, above_dual
 
 
 @triton.jit
@@ -352,15 +355,12 @@ def policy_kernel(
         sequence = _find_sequence(i, offsets, offsets_t, length, sequences, steps)
         found = is_live & (sequence < sequences)
         of_sequence = tl.load(statistics + sequence, mask=found, other=0.0)
-    limit = limit.to(DTYPE)
-    x = clamp(moved, limit)
+    x = clamp(moved, limit.to(DTYPE))
     ratio, ratio_minus_one, k3 = exponential(x)
     token_loss, slope, above_high, below_low, above_dual = policy_loss(
-        logprob, x, ratio, ratio_minus_one, advantage, of_sequence,
-        low.to(DTYPE), high.to(DTYPE), dual.to(DTYPE), VARIANT,
+        logprob, moved, x, ratio, ratio_minus_one, advantage, of_sequence,
+        low.to(DTYPE), high.to(DTYPE), dual.to(DTYPE), limit.to(DTYPE), VARIANT,
     )  # fmt: skip
-    if VARIANT != _CISPO and VARIANT != _GPG:  # noqa: PLR1714
-        slope = tl.where((moved > limit) | (moved < -limit), 0.0, slope)
 
     partials += tl.program_id(0)
     _write_tokens(
@@ -479,7 +479,7 @@ def clipped_loss(
         policy_kernel,
         (logprobs, old_logprobs, advantages),
         advantages.shape != logprobs.shape,
-        (low, high, _or_inf(dual), _or_inf(log_ratio_clamp)),
+        numbers(low, high, dual, log_ratio_clamp),
         variant,
         POLICY_STATS,
         *frame,
@@ -522,6 +522,13 @@ def _scale(gradient: Tensor, upstream: Tensor, to: Tensor) -> None:
         to.numel(), config=config, INPLACE=to is gradient, BLOCK=config.block,
         DTYPE=tl.float64 if gradient.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
+
+
+def numbers(
+    low: float, high: float, dual: float | None, log_ratio_clamp: float | None
+) -> tuple[float, float, float, float]:
+    """What `policy_loss` is told of a policy's settings."""
+    return low, high, _or_inf(dual), _or_inf(log_ratio_clamp)
 
 
 def _or_inf(bound: float | None) -> float:
