@@ -62,6 +62,10 @@ PPOK_FIELDS(LogprobForward, View, View, View, View, i64, i64, i64, i64, double, 
             View, View, View);
 PPOK_FIELDS(LogprobBackward, View, View, View, View, View, View, View, View, i64, i64, i64, i64,
             double, double, double, View);
+PPOK_FIELDS(KeptForward, View, View, View, View, View, View, View, i64, i64, i64, i64, i64, double,
+            double, double, View, View, View, View);
+PPOK_FIELDS(KeptBackward, View, View, View, View, View, View, View, View, View, View, View, View,
+            i64, i64, i64, i64, i64, double, double, double, View);
 PPOK_FIELDS(ScanForward, View, View, View, View, ScanSetting, View, View);
 PPOK_FIELDS(VTrace, View, View, double, double, double, View, View, View, View, ScanSetting, View,
             View);

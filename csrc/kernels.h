@@ -26,7 +26,8 @@ enum FaultKind : int32_t {
   kBadLambda,
   // Where the kernel cannot say which by looking again: on a GPU.
   kBadValueLambda,
-  kBadCoefficient
+  kBadCoefficient,
+  kBadKept
 };
 
 struct Fault {
@@ -49,6 +50,26 @@ struct LogprobBackward {
   int64_t rows, cols, vocab, ignore_index;
   double temperature, softcap, logit_scale;
   View grad_logits;  // may be logits itself
+  int64_t threads;
+};
+
+// The same over a set of columns per position: ids[begin] to ids[end - 1], of `count` ids in all.
+struct KeptForward {
+  View logits, tokens, mask, temperatures, begins, ends, ids;
+  int64_t rows, cols, vocab, count, ignore_index;
+  double temperature, softcap, logit_scale;
+  View logprobs, entropy, state;
+  View values;  // [count], the logits of the sets; may be absent
+  int64_t threads;
+};
+
+struct KeptBackward {
+  View grad_logprobs, grad_entropy;  // either may be absent
+  View logits, values;               // one of them
+  View tokens, mask, temperatures, begins, ends, ids, logprobs, state;
+  int64_t rows, cols, vocab, count, ignore_index;
+  double temperature, softcap, logit_scale;
+  View grad_logits;  // contiguous
   int64_t threads;
 };
 
@@ -213,6 +234,8 @@ struct ShapeRewards {
 #define PPOK_KERNELS(X)                             \
   X(logprob_forward, LogprobForward)                \
   X(logprob_backward, LogprobBackward)              \
+  X(kept_forward, KeptForward)                      \
+  X(kept_backward, KeptBackward)                    \
   X(scan_forward, ScanForward)                      \
   X(scan_backward, ScanBackward)                    \
   X(vtrace, VTrace)                                 \

@@ -8,6 +8,7 @@ except ImportError as _error:
     ) from _error
 
 from ._faults import check
+from ._kept import KeptSet
 from ._op import op_counts, reset_op_counts, use_backend
 from .metrics import ImportanceMetrics, PolicyMetrics, ValueMetrics, reduce_metrics
 from .ops.categorical_kl import categorical_kl
@@ -15,6 +16,7 @@ from .ops.categorical_kl_hidden import categorical_kl_from_hidden
 from .ops.clipped_loss import ClippedLoss, clipped_loss
 from .ops.gae import GAE, gae
 from .ops.importance import ImportanceWeights, importance_weights
+from .ops.kept import kept_set
 from .ops.kl import kl_penalty
 from .ops.logprob import LogProbs, logprobs_from_logits
 from .ops.logprob_hidden import logprobs_from_hidden
@@ -31,6 +33,7 @@ __all__ = [
     "ClippedLoss",
     "ImportanceMetrics",
     "ImportanceWeights",
+    "KeptSet",
     "LogProbs",
     "PPOLoss",
     "PolicyMetrics",
@@ -45,6 +48,7 @@ __all__ = [
     "discounted_returns",
     "gae",
     "importance_weights",
+    "kept_set",
     "kl_penalty",
     "logprobs_from_hidden",
     "logprobs_from_logits",

@@ -19,6 +19,7 @@ MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, *INDICES, *FLOATS)
 BAD_TOKEN, BAD_TEMPERATURE, BAD_OFFSETS, BAD_LAMBDA = 1, 2, 3, 4
 # And those that only GPU kernels need, which cannot look again.
 BAD_VALUE_LAMBDA, BAD_COEFFICIENT = 5, 6
+BAD_KEPT = 7
 # A GPU keeps a fault as one integer, position << FAULT_KIND_BITS | kind.
 FAULT_KIND_BITS = 8
 
@@ -162,6 +163,22 @@ def raise_row_fault(
     )
 
 
+def raise_kept_fault(where: int, vocab: int, begins: Tensor, ends: Tensor, ids: Tensor) -> NoReturn:
+    begin, end = int(begins[where]), int(ends[where])
+    if not 0 <= begin <= end <= ids.shape[0]:
+        raise ValueError(
+            f"kept.offsets: expected not to decrease and to stay in [0, {ids.shape[0]}], "
+            f"got {begin} and {end} at flat position {where}"
+        )
+    own = ids[begin:end]
+    outside = own[(own < 0) | (own >= vocab)]
+    what, found = f"ids in [0, {vocab})", int(outside[0]) if outside.numel() else None
+    if found is None:
+        distinct, times = own.unique(return_counts=True)
+        what, found = "no id twice at a position", int(distinct[times > 1][0])
+    raise ValueError(f"kept.ids: expected {what}, got {found} at flat position {where}")
+
+
 def raise_device_fault(fault: int, device: torch.device) -> NoReturn:
     """What a kernel on a GPU noted; the tensors are gone, so the value cannot be told."""
     what = {
@@ -171,6 +188,7 @@ def raise_device_fault(fault: int, device: torch.device) -> NoReturn:
         BAD_LAMBDA: "lam: expected finite numbers in [0, 1]",
         BAD_VALUE_LAMBDA: "value_lam: expected finite numbers in [0, 1]",
         BAD_COEFFICIENT: "kl_coef: expected a finite number in [0, inf)",
+        BAD_KEPT: "kept: expected offsets that do not decrease and ids in [0, V)",
     }[fault & ((1 << FAULT_KIND_BITS) - 1)]
     raise ValueError(
         f"{what}, got another at flat position {fault >> FAULT_KIND_BITS} "

@@ -36,7 +36,8 @@ from triton.runtime.jit import JITFunction
 import ppo_kernels as pk
 from ppo_kernels import _op
 from ppo_kernels import triton as backend
-from ppo_kernels.triton import _launch
+from ppo_kernels._kept import Sets
+from ppo_kernels.triton import _launch, logprob_kept
 
 RECORDS = Path(__file__).parent / "triton_resources"
 SOURCES = Path(backend.__file__).parent
@@ -125,6 +126,54 @@ def _logprob() -> Iterator[Launch]:
         yield launch(dtype, 151936, 8, everything=True)
     for layout in ("shifted", "strided", "transposed"):
         yield launch(torch.bfloat16, 32000, 8192, layout)
+
+
+def _kept() -> Iterator[Launch]:
+    positions, count = 8192, 400_000
+    ids = meta(count, dtype=torch.int32)
+
+    def from_logits(dtype: torch.dtype, everything: bool) -> None:
+        logits = meta(8, positions // 8, 50257, dtype=dtype, grad=True)
+        tokens = meta(8, positions // 8, dtype=torch.int64)
+        kept = pk.KeptSet(meta(positions + 1, dtype=torch.int64), ids)
+        if not everything:
+            return backward(pk.logprobs_from_logits(logits, tokens, kept=kept, backend="triton"))
+        return backward(
+            *pk.logprobs_from_logits(
+                logits,
+                tokens,
+                kept=kept,
+                temperature=meta(8, 1),
+                softcap=30.0,
+                mask=meta(8, positions // 8, dtype=torch.bool),
+                entropy=True,
+                backend="triton",
+            )
+        )
+
+    def from_values(dtype: torch.dtype) -> None:
+        """What a part of the hidden states asks for."""
+        logits, values = meta(256, 50257, dtype=dtype), meta(count, dtype=dtype)
+        tokens = meta(256, dtype=torch.int64)
+        sets = Sets(*(meta(256, dtype=torch.int64) for _ in range(2)), ids)
+        settings = (1.0, 0.0, 1.0, -100)
+        logprobs, entropy, state = logprob_kept.forward_sets(
+            logits, tokens, None, None, sets, *settings, True, values
+        )
+        logprob_kept.backward_sets(
+            logits, logprobs, entropy, None, values, tokens, None, None, sets, logprobs, state,
+            *settings,
+        )  # fmt: skip
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        name = str(dtype).removeprefix("torch.")
+        for everything in (False, True):
+            label = f"kept {name}{' everything' * everything}"
+            quick = (dtype, everything) == (torch.bfloat16, True)
+            yield Launch("logprob", label, partial(from_logits, dtype, everything), quick)
+    for dtype in (torch.float32, torch.float64):
+        label = f"kept {str(dtype).removeprefix('torch.')} from hidden states"
+        yield Launch("logprob", label, partial(from_values, dtype))
 
 
 def _moments() -> Iterator[Launch]:
@@ -388,6 +437,7 @@ def _ppo_loss() -> Iterator[Launch]:
 
 LAUNCHES: list[Launch] = [
     *_logprob(),
+    *_kept(),
     *_moments(),
     *_categorical_kl(),
     *_losses(),

@@ -37,7 +37,7 @@ SUM = ("masked_sum", "", "8x256", "forward")
 WHITEN = ("whiten", "", "8x256", "forward+backward")
 LOSS = ("clipped_loss", "", "8x256", "forward+backward")
 OF_TORCH = (
-    *("eager", "eager logsumexp", "loop", "chunked", "checkpointed"),
+    *("eager", "eager logsumexp", "eager gathered", "loop", "chunked", "checkpointed"),
     *("linear_cross_entropy", "linear_cross_entropy chunked", "ours from all logits"),
 )
 
@@ -109,6 +109,10 @@ def test_bytes_that_any_version_must_move():
     )
     read, written = traffic("logprobs_from_logits", "", (rows, vocab), cases.BACKWARD)
     assert (read, written) == (2 * (logits + rows * 8) + rows * 4, logits + rows * 4)
+    kept = rows * (8 + 50 * (4 + 4)) + (rows + 1) * 8  # logits outside of the sets are not read
+    assert traffic("logprobs_from_logits", "kept", (rows, vocab), cases.FORWARD)[0] == kept
+    read, written = traffic("logprobs_from_logits", "kept", (rows, vocab), cases.BACKWARD)
+    assert (read, written) == (2 * kept + rows * 4, logits + rows * 4)
     assert sum(traffic("gae", "", (4, 1000), cases.FORWARD)) == 17 * 4000
     loss = sum(traffic("clipped_loss", "", (4, 1000), cases.BACKWARD))
     assert 17 * 4000 < loss < 17 * 4000 + 200

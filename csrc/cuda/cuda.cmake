@@ -64,6 +64,7 @@ endif()
 
 add_library(kernels_cuda OBJECT
   csrc/cuda/categorical_kl.cu
+  csrc/cuda/kept.cu
   csrc/cuda/kl.cu
   csrc/cuda/logprob.cu
   csrc/cuda/losses.cu

@@ -23,6 +23,8 @@ namespace PPOK_ISA {
 #define PPOK_CUDA_KERNELS(X)                        \
   X(logprob_forward, LogprobForward)                \
   X(logprob_backward, LogprobBackward)              \
+  X(kept_forward, KeptForward)                      \
+  X(kept_backward, KeptBackward)                    \
   X(scan_forward, ScanForward)                      \
   X(scan_backward, ScanBackward)                    \
   X(vtrace, VTrace)                                 \

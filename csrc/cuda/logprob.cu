@@ -6,10 +6,8 @@
 // that depends on the vocabulary and the dtype alone, so neither the batch nor the alignment of a
 // row nor the grid can change its bits; and few long rows keep as many blocks busy as many.
 #include "cuda/columns.cuh"
-#include "cuda/exp2.cuh"
 #include "cuda/launchers.h"
-#include "logprob_row.h"
-#include "math/logprob.h"
+#include "cuda/logprob_parts.cuh"
 
 namespace ppok {
 namespace PPOK_ISA {
@@ -24,69 +22,7 @@ constexpr int kResident = sizeof(E) == 8 ? 2
 template <class E>
 using Logits = Columns<E, kVectors>;
 
-// Logits to u, and du / dlogits: see scale_of.
-template <class T, bool kSoftcap>
-struct Transform {
-  T inner, outer, gain;
-  template <class Args>
-  __device__ explicit Transform(const Args& a)
-      : inner(static_cast<T>(a.logit_scale / a.softcap)),
-        outer(static_cast<T>(a.softcap)),
-        gain(static_cast<T>(a.logit_scale)) {}
-  __device__ T operator()(T x) const { return kSoftcap ? outer * tanh(inner * x) : x; }
-  __device__ T slope(T x) const {
-    constexpr T kMinusTwoLog2E = static_cast<T>(-2. * kLog2E);
-    return kSoftcap ? gain * sech2_of(power_of_two(kMinusTwoLog2E * fabs(inner * x))) : T(1);
-  }
-};
-
 // ---- forward ------------------------------------------------------------------------------------
-
-// What one thread has summed; the slope is in units of log 2. Without the entropy all mass is in
-// `rest`.
-template <class T, bool kEntropy>
-struct Running {
-  PartialSums<T> sums{-INFINITY, T(0), T(0), T(0)};
-
-  template <int n>
-  __device__ void add(const T (&u)[n], T gain) {
-    T top = u[0];
-#pragma unroll
-    for (int k = 1; k < n; ++k) top = larger(top, u[k]);
-    if (top > sums.max) {
-      const T gap = (sums.max - top) * gain;
-      sums = rebase(sums, top, gap, power_of_two(gap));
-    }
-    const T reference = sums.max == -INFINITY ? T(0) : sums.max;
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-      const T above = u[k] - reference, y = above * gain, e = power_of_two(y);
-      if (kEntropy) {
-        if (above == T(0))
-          sums.at_max += T(1);
-        else
-          sums.rest += e;
-        sums.slope = fma(e, larger(y, T(-FLT_MAX)), sums.slope);  // 0 where e is, not 0 * -inf
-      } else {
-        sums.rest += e;
-      }
-    }
-  }
-
-  // The sums of all threads of the block.
-  __device__ RowSums of_block(double gain) const {
-    const T max = block_max<kThreads>(sums.max);
-    PartialSums<T> own = sums;
-    if (own.max < max) {
-      const double gap = (static_cast<double>(own.max) - max) * gain;
-      own = rebase(own, max, static_cast<T>(gap), power_of_two_wide<T>(gap));
-    }
-    const T parts[3] = {own.at_max, own.rest, own.slope};
-    double total[3];
-    block_sum<kThreads>(parts, total);
-    return {max, total[0], total[1], total[2] * kLn2};
-  }
-};
 
 template <class E, bool kEntropy, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads, kResident<E, kSoftcap>)
@@ -131,17 +67,8 @@ __global__ void __launch_bounds__(kThreads, kResident<E, kSoftcap>)
     }
   }
   columns.for_each_part(last, [&](int j, T(&u)[kLanes<E>]) { add(u, j, false); });
-  const RowSums total = running.of_block(gain);
+  const RowSums total = running.template of_block<kThreads>(gain);
   if (threadIdx.x == 0) sums[blockIdx.x] = total;
-}
-
-template <class T>
-__device__ void write(const LogprobForward& a, int64_t i, const RowResult& result) {
-  at<T>(a.logprobs, i) = static_cast<T>(result.logprob);
-  if (a.entropy.data) at<T>(a.entropy, i) = static_cast<T>(result.entropy);
-  at<T>(a.state, 3 * i) = static_cast<T>(result.max);
-  at<T>(a.state, 3 * i + 1) = static_cast<T>(result.log_sum);
-  at<T>(a.state, 3 * i + 2) = static_cast<T>(result.mean);
 }
 
 // One thread per row.
@@ -155,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
   if (r.kind != kLive) {
     if (r.kind == kFaulty) report_fault(fault, i, r.fault);
     const double fill = r.kind == kFaulty ? NAN : 0.;
-    return write<T>(a, i, {fill, fill, fill, fill, fill});
+    return write_row<T>(a, i, {fill, fill, fill, fill, fill});
   }
   const double c = scale_of(a, r.temperature);
   RowSums others = empty_row();
@@ -163,39 +90,10 @@ __global__ void __launch_bounds__(kThreads)
     others = merge(others, sums[i * segments + segment], c);
   const Logits<E> target(a.logits, r.row, r.col, r.token, a.vocab);
   const T u = Transform<T, kSoftcap>(a)(target.read(0));
-  write<T>(a, i, finish(others, u, c));
+  write_row<T>(a, i, finish(others, u, c));
 }
 
 // ---- backward -----------------------------------------------------------------------------------
-
-// The gradient of one row, without the softcap's factor.
-template <class T, bool kEntropy>
-struct Gradient {
-  const LogprobBackward& a;
-  const Row<LogprobBackward>& r;
-  Upstream g;
-  T max, gain, log_sum, constant, slope;
-
-  __device__ Gradient(const LogprobBackward& a, const Row<LogprobBackward>& r, Upstream g)
-      : a(a), r(r), g(g), max(at<T>(a.state, 3 * r.position)) {
-    const double c = scale_of(a, r.temperature);
-    const GradientPerMass per_mass = gradient_per_mass(c, mean(), g);
-    gain = static_cast<T>(c * kLog2E);
-    log_sum = static_cast<T>(at<T>(a.state, 3 * r.position + 1) * kLog2E);
-    constant = static_cast<T>(per_mass.constant);
-    slope = static_cast<T>(per_mass.slope * kLn2);
-  }
-  __device__ T operator()(T u) const {
-    const T y = (u - max) * gain, p = power_of_two(y - log_sum);
-    constexpr T kNoMass = -2048;  // 0 where p is, not 0 * -inf
-    return p * (kEntropy ? fma(slope, larger(y, kNoMass), constant) : constant);
-  }
-  __device__ double mean() const { return at<T>(a.state, 3 * r.position + 2); }
-  __device__ double of_target(double u) const {
-    const double c = scale_of(a, r.temperature), z = (u - max) * c;
-    return gradient_of_target(at<T>(a.logprobs, r.position), z, c, mean(), g);
-  }
-};
 
 // grad_logits may be logits: a thread writes what it alone has read.
 template <class E, bool kEntropy, bool kSoftcap>
@@ -217,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, kResident<E, true>)
   if (!asked || r.kind != kLive) return grad.fill(asked ? T(NAN) : T(0));
 
   const Logits<E> logits(a.logits, r.row, r.col, from, a.vocab);
-  const Gradient<T, kEntropy> gradient(a, r, g);
+  const Gradient<T, kEntropy, LogprobBackward> gradient(a, r, g);
   const Transform<T, kSoftcap> transform(a);
   const auto of = [&](T raw) { return gradient(transform(raw)) * transform.slope(raw); };
   const int target = grad.index_of(r.token - from);

@@ -85,6 +85,19 @@ def _logprobs_entropy(logits: Tensor, tokens: Tensor, entropy: bool) -> tuple[Te
     return logprobs.gather(-1, tokens[:, None])[:, 0], entropies
 
 
+def _logprobs_kept(logits: Tensor, tokens: Tensor, kept: ppo_kernels.KeptSet) -> Tensor:
+    owner = torch.repeat_interleave(kept.offsets.diff(), output_size=kept.ids.shape[0])
+    others = torch.ones_like(logits, dtype=torch.bool)
+    others[owner, kept.ids] = False
+    return _logprobs(logits.masked_fill(others, -torch.inf), tokens)
+
+
+def _logprobs_gathered(logits: Tensor, tokens: Tensor, kept: ppo_kernels.KeptSet) -> Tensor:
+    """Of sets of one size."""
+    own = logits.gather(1, kept.ids.view(len(tokens), -1).long()).float()
+    return logits.gather(-1, tokens[:, None])[:, 0].float() - own.logsumexp(-1)
+
+
 def _batched(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """As a [8, T, V] batch: TRL and verl walk over the first dimension in Python."""
     rows = 8 if len(tokens) % 8 == 0 else 1
@@ -111,6 +124,12 @@ LOGPROBS = {
 LOGPROBS_ENTROPY = {
     **torch_and_inductor(_logprobs_entropy),
     "trl": peer("trl.trainer.utils", "selective_log_softmax_and_entropy", _trl_entropy),
+}
+
+
+LOGPROBS_KEPT = {
+    "eager": Baseline(lambda device: _logprobs_kept),
+    "eager gathered": Baseline(lambda device: _logprobs_gathered),
 }
 
 

@@ -33,6 +33,7 @@ class Benchmark:
         check: The shape at which results are held to float64.
         baselines: What else computes the same, by name.
         again: The arguments that any backward pass must read a second time.
+        reads: From the arguments, the bytes that any version must read; None for all of them.
         products: From the arguments and whether the gradient is asked for, the matrix products by
             whose time this is bound. No share of the memory bandwidth is stated then.
     """
@@ -44,6 +45,7 @@ class Benchmark:
     check: Shape
     baselines: Mapping[str, Baseline] = field(hash=False)
     again: tuple[str, ...] = ()
+    reads: Callable[[Inputs], int] | None = None
     products: Callable[[Inputs, bool], Callable[[], object]] | None = None
 
     @property
@@ -102,11 +104,13 @@ class Job:
         the arguments in `again`, and every gradient once.
         """
         tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
-        read = sum(v.nbytes for v in tensors.values())
+        reads = self.benchmark.reads
+        read = reads(inputs) if reads else sum(v.nbytes for v in tensors.values())
         written = sum(t.nbytes for t in outputs)
         if self.backward:
+            again = sum(tensors[k].nbytes for k in self.benchmark.again)
+            read += read if reads else again
             read += sum(t.nbytes for t in outputs if t.requires_grad)
-            read += sum(tensors[k].nbytes for k in self.benchmark.again)
             written += sum(tensors[k].nbytes for k in self.benchmark.grads)
         return read, written
 
@@ -126,6 +130,23 @@ def _integers(g: torch.Generator, low: int, high: int, shape: Sequence[int]) -> 
 def _logits(g: torch.Generator, shape: Shape) -> Inputs:
     rows, vocab = shape
     return {"logits": _normal(g, shape).mul_(3), "tokens": _integers(g, 0, vocab, (rows,))}
+
+
+def _kept(g: torch.Generator, shape: Shape) -> Inputs:
+    """The 50 largest logits of each row, as top-k keeps them."""
+    rows, vocab = shape
+    made = _logits(g, shape)
+    ids = made["logits"].topk(min(50, vocab)).indices
+    place = _integers(g, 0, ids.shape[1], (rows, 1))
+    offsets = torch.arange(rows + 1, device=g.device) * ids.shape[1]
+    made["tokens"] = ids.gather(1, place)[:, 0]
+    return made | {"kept": ppo_kernels.KeptSet(offsets, ids.flatten().int())}
+
+
+def _kept_bytes(inputs: Inputs) -> int:
+    offsets, ids = inputs["kept"]
+    own = ids.numel() * inputs["logits"].element_size()
+    return own + sum(t.nbytes for t in (offsets, ids, inputs["tokens"]))
 
 
 def _two_logits(g: torch.Generator, shape: Shape) -> Inputs:
@@ -282,6 +303,15 @@ _ALL = (
         again=("logits", "tokens"),
     ),
     Benchmark(
+        "logprobs_from_logits",
+        "kept",
+        _kept,
+        ("logits",),
+        (8, 50257),
+        baselines.LOGPROBS_KEPT,
+        reads=_kept_bytes,
+    ),
+    Benchmark(
         "logprobs_from_hidden",
         "",
         _hidden,
@@ -391,6 +421,7 @@ def _small() -> list[Job]:
     return [
         *_jobs("logprobs_from_logits", "", [(8, 1009)]),
         *_jobs("logprobs_from_logits", "entropy", [(8, 1009)], _HALF),
+        *_jobs("logprobs_from_logits", "kept", [(8, 1009)]),
         *_of_hidden([(8, 8, 8), (8, 16, 1009)]),
         *_jobs("categorical_kl", "", [(8, 1009)]),
         *_per_token([(1, 8), (8, 256)]),
@@ -407,6 +438,7 @@ def _default() -> list[Job]:
         *_jobs("logprobs_from_logits", "", logits[1:2], (torch.float16,)),
         *_jobs("logprobs_from_logits", "", [(256, v) for v in (8192, 32000, 128256)]),
         *_jobs("logprobs_from_logits", "entropy", logits[2:], (*_FP32, *_HALF)),
+        *_jobs("logprobs_from_logits", "kept", logits[2:], (*_FP32, *_HALF)),
         *_of_hidden([(8, 8, 8), (512, 768, 50257), (2048, 768, 50257)]),
         *_of_hidden([(2048, 768, 50257)], _HALF),
         *_jobs("categorical_kl", "", [(8, 8)]),
@@ -423,6 +455,7 @@ def _large() -> list[Job]:
     return [
         *_jobs("logprobs_from_logits", "", [(4096, 152064)], _HALF),
         *_jobs("logprobs_from_logits", "entropy", [(4096, 152064)], _HALF),
+        *_jobs("logprobs_from_logits", "kept", [(4096, 152064)], _HALF),
         *_jobs("logprobs_from_logits", "", [(1, 262144), (4, 262144)]),
         *_of_hidden([(2048, 2048, 50257)]),
         *_jobs("categorical_kl", "", [(2048, 152064)], _HALF),
@@ -444,6 +477,7 @@ def _gpu() -> list[Job]:
         *_jobs("gae", "packed", [(67108864,), (1048576,)]),
         *_jobs("categorical_kl", "", [(4096, 151936)], _HALF),
         *_jobs("logprobs_from_logits", "", [(8192, 50257), (8, 151936)]),
+        *_jobs("logprobs_from_logits", "kept", logits, _HALF),
         *_of_hidden([(4096, 4096, 151936)], _HALF),
         *_per_token([(1, 8), (64, 16384)]),
         *_jobs("logprobs_from_logits", "", [(8, 8)]),

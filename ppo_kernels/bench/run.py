@@ -348,7 +348,7 @@ def judged(c: Contender, function: Callable[..., Any], device: torch.device) -> 
     case = job.benchmark.case(job.backward)
     inputs = testing.arrange(case.inputs(torch.Generator().manual_seed(0)), job.dtype)
     upcast = testing.arrange(inputs, torch.float64)
-    there = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    there = testing.arrange(inputs, None, device=str(device))
 
     def call(**arguments: Any) -> Any:
         return _tensors(function(**arguments))

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _kept
+from .._kept import KeptSet
 from .._op import Op, count, forbid_double_backward
 from ..cpu import kernel as cpu
 from ..cuda import kernel as cuda
 from ..native import logprob as native
 from ..triton import kernel as triton
+from . import kept as over_sets
 
 
 class LogProbs(NamedTuple):
@@ -34,6 +36,7 @@ def logprobs_from_logits(
     logit_scale: float = ...,
     ignore_index: int = ...,
     mask: Tensor | None = ...,
+    kept: KeptSet | None = ...,
     entropy: Literal[False] = ...,
     inplace_backward: bool = ...,
     backend: str | None = ...,
@@ -48,6 +51,7 @@ def logprobs_from_logits(
     logit_scale: float = ...,
     ignore_index: int = ...,
     mask: Tensor | None = ...,
+    kept: KeptSet | None = ...,
     entropy: Literal[True],
     inplace_backward: bool = ...,
     backend: str | None = ...,
@@ -61,6 +65,7 @@ def logprobs_from_logits(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     mask: Tensor | None = None,
+    kept: KeptSet | None = None,
     entropy: bool = False,
     inplace_backward: bool = False,
     backend: str | None = None,
@@ -92,12 +97,18 @@ def logprobs_from_logits(
         softcap: c above, as in Gemma 2 (arXiv:2408.00118); None for none.
         logit_scale: s above, as in Cohere's models; above 0.
         ignore_index: The label that marks a position as masked, in addition to `mask`.
-        mask: [...], nonzero = use. A masked position's logits, label and temperature are never
-            looked at.
+        mask: [...], nonzero = use. A masked position's logits, label, temperature and kept set are
+            never looked at.
+        kept: For each position the only tokens that have probability, as a sampler's top-k or top-p
+            left them (`kept_set` makes such sets): as if all other logits were -inf. Of each row
+            only these are read, and all others get a zero gradient. A token that is not in its set
+            gives -inf, whatever the logits, and no gradient; an empty set gives NaN. A repeated id
+            is an error on a CPU, and counted as often as it is there on a GPU.
         entropy: Also return the entropy.
         inplace_backward: Overwrite the logits with their gradient in backward, saving a [tokens,
             vocab] tensor. A second use of these logits in backward, or a second backward, then
-            raises. Under torch.compile a warning is given and backward is out of place.
+            raises. Under torch.compile a warning is given and backward is out of place. Not with
+            `kept`.
         backend: See `use_backend`.
 
     Returns:
@@ -114,17 +125,26 @@ def logprobs_from_logits(
     check(logits, tokens)
     check_transform(tokens, mask, softcap, logit_scale, ignore_index)
     temperatures, scalar = split_temperature(temperature, tokens)
-    served_by = _FORWARD.resolve(logits.device, backend)
+    if kept is not None:
+        _kept.check(kept, tokens)
+        if inplace_backward:
+            raise ValueError("inplace_backward: expected False with kept, got True")
+    served_by = (_FORWARD if kept is None else over_sets.FORWARD).resolve(logits.device, backend)
     if served_by == "torch":
         count("logprobs_from_logits", "torch")
         result = reference(
             logits, tokens, mask, scalar if temperatures is None else temperatures,
-            softcap, logit_scale, ignore_index, entropy,
+            softcap, logit_scale, ignore_index, entropy, kept,
         )  # fmt: skip
-    else:
+    elif kept is None:
         result = _FORWARD(
             logits, tokens, mask, temperatures, scalar, softcap or 0.0, float(logit_scale),
             ignore_index, entropy, inplace_backward, served_by,
+        )  # fmt: skip
+    else:
+        result = over_sets.FORWARD(
+            logits, tokens, mask, temperatures, *kept, scalar, softcap or 0.0, float(logit_scale),
+            ignore_index, entropy, served_by,
         )  # fmt: skip
     return LogProbs(result[0], result[1]) if entropy else result[0]
 
@@ -179,6 +199,7 @@ def reference(
     logit_scale: float,
     ignore_index: int,
     entropy: bool,
+    kept: KeptSet | None = None,
 ) -> tuple[Tensor, Tensor]:
     live = tokens != ignore_index
     if mask is not None:
@@ -186,12 +207,18 @@ def reference(
     if not torch.compiler.is_compiling() and logits.device.type != "meta":
         temperatures = temperature if isinstance(temperature, Tensor) else None
         _checks.row_contents(tokens, live, temperatures, logits.shape[-1])
+        if kept is not None:
+            _kept.contents(live.flatten(), logits.shape[-1], *_kept.sets_of(*kept))
     z = logits if logits.dtype == torch.float64 else logits.float()
     # Selected away before any arithmetic: a NaN under the mask must not reach a product, forward or
     # backward.
-    z = torch.where(live[..., None], z, 0.0) * logit_scale
+    allowed = None if kept is None else _kept.allowed(kept, live, logits.shape[-1])
+    z = torch.where(live[..., None] if allowed is None else live[..., None] & allowed, z, 0.0)
+    z = z * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
+    if allowed is not None:
+        z = z.masked_fill(~allowed, -torch.inf)
     if isinstance(temperature, Tensor):
         temperature = torch.where(live, temperature, 1.0).to(z.dtype)[..., None]
     highest, where_highest = z.max(-1, keepdim=True)
@@ -201,7 +228,10 @@ def reference(
     index = torch.where(live, tokens, 0).long()[..., None]
     target = gap.gather(-1, index)[..., 0]
     others = gap.scatter(-1, index, -torch.inf)
-    logprobs = torch.where(live, F.logsigmoid(target - _logsumexp(others)), 0.0)
+    logprobs = F.logsigmoid(target - _logsumexp(others))
+    if allowed is not None:  # elsewhere it is -inf whatever the logits
+        logprobs = torch.where(allowed.gather(-1, index)[..., 0], logprobs, logprobs.detach())
+    logprobs = torch.where(live, logprobs, 0.0)
     if not entropy:
         return logprobs, logprobs
     # One maximum is taken out of the sum, so that log(sum) = log1p(rest) keeps a rest far below 1.

@@ -7,13 +7,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _kept
+from .._kept import KeptSet
 from .._op import Op, count, forbid_double_backward
 from ..cpu import kernel as cpu
 from ..cuda import kernel as cuda
 from ..native import logprob_hidden as native
 from ..triton import kernel as triton
 from . import _hidden, logprob
+from . import kept as over_sets
 from .logprob import LogProbs
 
 
@@ -29,6 +31,7 @@ def logprobs_from_hidden(
     logit_scale: float = ...,
     ignore_index: int = ...,
     mask: Tensor | None = ...,
+    kept: KeptSet | None = ...,
     vocab_size: int | None = ...,
     entropy: Literal[False] = ...,
     chunk: int | None = ...,
@@ -46,6 +49,7 @@ def logprobs_from_hidden(
     logit_scale: float = ...,
     ignore_index: int = ...,
     mask: Tensor | None = ...,
+    kept: KeptSet | None = ...,
     vocab_size: int | None = ...,
     entropy: Literal[True],
     chunk: int | None = ...,
@@ -62,6 +66,7 @@ def logprobs_from_hidden(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     mask: Tensor | None = None,
+    kept: KeptSet | None = None,
     vocab_size: int | None = None,
     entropy: bool = False,
     chunk: int | None = None,
@@ -100,6 +105,8 @@ def logprobs_from_hidden(
         mask: [...], nonzero = use. A masked position's states, label and temperature are never
             looked at. On a GPU the call waits until their number is known; while a CUDA graph is
             captured, masked rows are multiplied as zeros instead.
+        kept: As in `logprobs_from_logits`. The logits of the sets are kept for backward, which then
+            makes no logits again.
         vocab_size: The rows of weight that are tokens; those behind are padding and get no
             probability and a zero gradient. None: all.
         entropy: Also return the entropy.
@@ -120,17 +127,20 @@ def logprobs_from_hidden(
     vocab = check(hidden, weight, tokens, bias, vocab_size, chunk)
     logprob.check_transform(tokens, mask, softcap, logit_scale, ignore_index)
     temperatures, scalar = logprob.split_temperature(temperature, tokens)
-    served_by = _FORWARD.resolve(hidden.device, backend)
+    if kept is not None:
+        _kept.check(kept, tokens)
+    forward, sets = (_FORWARD, ()) if kept is None else (over_sets.HIDDEN_FORWARD, kept)
+    served_by = forward.resolve(hidden.device, backend)
     if served_by == "torch":
         count("logprobs_from_hidden", "torch")
         result: tuple[Tensor, ...] = reference(
             hidden, weight[:vocab], bias if bias is None else bias[:vocab], tokens, mask,
             scalar if temperatures is None else temperatures, softcap, logit_scale, ignore_index,
-            entropy,
+            entropy, kept,
         )  # fmt: skip
     else:
-        result = _FORWARD(
-            hidden, weight, bias, tokens, mask, temperatures, scalar, softcap or 0.0,
+        result = forward(
+            hidden, weight, bias, tokens, mask, temperatures, *sets, scalar, softcap or 0.0,
             float(logit_scale), ignore_index, vocab, chunk, entropy, served_by,
         )  # fmt: skip
     return LogProbs(result[0], result[1]) if entropy else result[0]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._kept import KeptSet
 from .case import Inputs
 
 
@@ -42,6 +43,8 @@ def arrange(
     """Floating-point tensors in `dtype` (None: as they are), every tensor as and where asked."""
 
     def convert(value: Any) -> Any:
+        if isinstance(value, KeptSet):
+            return KeptSet(*map(convert, value))
         if not isinstance(value, Tensor):
             return value
         if dtype is not None and value.is_floating_point():

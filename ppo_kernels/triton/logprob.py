@@ -86,6 +86,35 @@ def _transform(x, inner, outer, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _add(u, highest, at_max, rest, slope, gain, ENTROPY: tl.constexpr):
+    """To the sums of each lane one more element, -inf for none; the slope is in units of log 2."""
+    top = tl.max(u, axis=0)
+    if top > highest:
+        # Before the first finite element there is nothing to rescale but a NaN.
+        gap = tl.where(highest == -INF, 0.0, (highest - top) * gain)
+        weight = tl.exp2(gap)
+        if ENTROPY:
+            # gap * mass is 0 where the weight is: -inf * 0 cannot be.
+            slope = tl.where(weight == 0.0, 0.0, weight * (slope + gap * (at_max + rest)))
+            rest = weight * (at_max + rest)
+            at_max = tl.zeros_like(at_max)
+        else:
+            rest = weight * rest
+        highest = top
+    reference = tl.where(highest == -INF, 0.0, highest)
+    y = (u - reference) * gain
+    e = tl.exp2(y)
+    if ENTROPY:
+        equal = u == reference
+        at_max += tl.where(equal, 1.0, 0.0)
+        rest += tl.where(equal, 0.0, e)
+        slope += tl.where(e == 0.0, 0.0, e * y)
+    else:
+        rest += e
+    return highest, at_max, rest, slope
+
+
+@triton.jit
 def _sum_segment(
     logits, stride, begin, end, token, gain, inner, outer,
     BLOCK: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr,
@@ -105,29 +134,7 @@ def _sum_segment(
         x = tl.load(logits + columns.to(tl.int64) * stride, mask=inside, other=-INF).to(DTYPE)
         u = _transform(x, inner, outer, SOFTCAP)
         u = tl.where(inside & (columns != token), u, -INF)
-        top = tl.max(u, axis=0)
-        if top > highest:
-            # Before the first finite element there is nothing to rescale but a NaN.
-            gap = tl.where(highest == -INF, 0.0, (highest - top) * narrow_gain)
-            weight = tl.exp2(gap)
-            if ENTROPY:
-                # gap * mass is 0 where the weight is: -inf * 0 cannot be.
-                slope = tl.where(weight == 0.0, 0.0, weight * (slope + gap * (at_max + rest)))
-                rest = weight * (at_max + rest)
-                at_max = tl.zeros([BLOCK], DTYPE)
-            else:
-                rest = weight * rest
-            highest = top
-        reference = tl.where(highest == -INF, 0.0, highest)
-        y = (u - reference) * narrow_gain
-        e = tl.exp2(y)
-        if ENTROPY:
-            equal = u == reference
-            at_max += tl.where(equal, 1.0, 0.0)
-            rest += tl.where(equal, 0.0, e)
-            slope += tl.where(e == 0.0, 0.0, e * y)
-        else:
-            rest += e
+        highest, at_max, rest, slope = _add(u, highest, at_max, rest, slope, narrow_gain, ENTROPY)
     count = tl.sum(at_max, axis=0)  # whole numbers: exact in any order
     return highest, count, tree_sum(rest), tree_sum(slope)
 
@@ -319,11 +326,10 @@ def merge_kernel(
 
 @triton.jit
 def gradient_of_columns(
-    logits, inside, target, g, h, logprob, highest, log_sum, mean, gain, inner, outer,
-    ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr,
+    x, target, g, h, ENTROPY: tl.constexpr, logprob, highest, log_sum, mean,
+    gain, inner, outer, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Of the logits at these addresses, from that of the log-probability and the entropy."""
-    x = tl.load(logits, mask=inside, other=0.0).to(DTYPE)
+    """Of logits x; `target` says which of them is the token."""
     u = _transform(x, inner, outer, SOFTCAP)
     c = (gain * LN2).to(DTYPE)
     y = (u - highest) * gain.to(DTYPE)
@@ -368,13 +374,14 @@ def backward_kernel(
         tl.store(grad_logits, tl.full([BLOCK], 0.0, DTYPE) + fill, mask=inside)
         return
     logits += row * logits_b + col * logits_t + columns.to(tl.int64) * logits_v
+    x = tl.load(logits, mask=inside, other=0.0).to(DTYPE)
     highest = tl.load(state + 3 * i)
     log_sum = tl.load(state + 3 * i + 1)
     mean = tl.load(state + 3 * i + 2)
     logprob = tl.load(logprobs + i)
     grad = gradient_of_columns(
-        logits, inside, columns == token, g, h, logprob, highest, log_sum, mean, gain, inner, outer,
-        grad_entropy is not None, SOFTCAP, DTYPE,
+        x, columns == token, g, h, grad_entropy is not None, logprob, highest, log_sum, mean,
+        gain, inner, outer, SOFTCAP, DTYPE,
     )  # fmt: skip
     tl.store(grad_logits, grad, mask=inside)
 

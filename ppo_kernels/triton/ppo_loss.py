@@ -103,9 +103,10 @@ def rows_kernel(
     read = tl.where(idle, 0, vocab)
     for begin in range(0, vocab, BLOCK):
         columns = begin + tl.arange(0, BLOCK)
+        from_here = logits + columns.to(tl.int64) * logits_v
         grad = gradient_of_columns(
-            logits + columns.to(tl.int64) * logits_v, columns < read, columns == token, g, h,
-            logprob, highest, log_sum, mean, gain, inner, outer, ENTROPY_COEF, SOFTCAP, DTYPE,
+            tl.load(from_here, mask=columns < read, other=0.0).to(DTYPE), columns == token,
+            g, h, ENTROPY_COEF, logprob, highest, log_sum, mean, gain, inner, outer, SOFTCAP, DTYPE,
         )  # fmt: skip
         grad = tl.where(idle, 0.0, grad)
         tl.store(grad_logits + columns.to(tl.int64) * grad_v, grad, mask=columns < vocab)

@@ -4,6 +4,7 @@ from ..case import Case
 from . import (
     categorical_kl,
     categorical_kl_hidden,
+    kept,
     kl,
     logprob,
     logprob_hidden,
@@ -16,6 +17,7 @@ from . import (
 CASES: list[Case] = [
     *logprob.cases(),
     *logprob_hidden.cases(),
+    *kept.cases(),
     *categorical_kl.cases(),
     *categorical_kl_hidden.cases(),
     *losses.cases(),

@@ -12,7 +12,9 @@ from ..case import Case, Inputs
 from ._draw import normal, some_mask, uniform
 
 
-def _logits(g: torch.Generator, shape: tuple[int, ...], std: float = 3.0, edit: str = "") -> Inputs:
+def random_logits(
+    g: torch.Generator, shape: tuple[int, ...], std: float = 3.0, edit: str = ""
+) -> Inputs:
     logits = normal(g, *shape, std=std)
     tokens = torch.randint(shape[-1], shape[:-1], generator=g)
     index = tokens[..., None]
@@ -39,7 +41,7 @@ def _logits(g: torch.Generator, shape: tuple[int, ...], std: float = 3.0, edit: 
     return {"logits": logits, "tokens": tokens}
 
 
-def _logprob_scale(inputs: Inputs) -> dict[int | str, Tensor | float]:
+def logprob_scale(inputs: Inputs) -> dict[int | str, Tensor | float]:
     logits = inputs["logits"]
     if not logits.numel():
         return {}
@@ -59,7 +61,7 @@ def _logprob_scale(inputs: Inputs) -> dict[int | str, Tensor | float]:
 def cases() -> Iterator[Case]:
     def case(label: str, shape: tuple[int, ...], edit: str = "", **more: Any) -> Case:
         def inputs(g: torch.Generator) -> Inputs:
-            made = _logits(g, shape, edit=edit)
+            made = random_logits(g, shape, edit=edit)
             extra = {k: v(g, made) if callable(v) else v for k, v in more.items()}
             return made | extra
 
@@ -70,7 +72,7 @@ def cases() -> Iterator[Case]:
             ("logprob_forward",),
             ("logprob_backward",),
             ("logits",),
-            _logprob_scale,
+            logprob_scale,
         )
 
     def ignored(g: torch.Generator, made: Inputs) -> Tensor:

@@ -12,7 +12,7 @@ from ..case import Case, Inputs
 from ._draw import normal, some_mask, uniform
 
 
-def _inputs(g: torch.Generator, shape: tuple[int, ...], size: int, vocab: int) -> Inputs:
+def random_states(g: torch.Generator, shape: tuple[int, ...], size: int, vocab: int) -> Inputs:
     return {
         "hidden": normal(g, *shape, size),
         "weight": normal(g, vocab, size, std=3 / size**0.5),
@@ -20,7 +20,7 @@ def _inputs(g: torch.Generator, shape: tuple[int, ...], size: int, vocab: int) -
     }
 
 
-def _scale(inputs: Inputs) -> dict[int | str, Tensor | float]:
+def hidden_scale(inputs: Inputs) -> dict[int | str, Tensor | float]:
     hidden, weight = inputs["hidden"].nan_to_num(), inputs["weight"]
     if not hidden.numel():
         return {}
@@ -44,7 +44,7 @@ def _scale(inputs: Inputs) -> dict[int | str, Tensor | float]:
 def cases() -> Iterator[Case]:
     def case(label: str, shape: tuple[int, ...], size: int, vocab: int, **more: Any) -> Case:
         def inputs(g: torch.Generator) -> Inputs:
-            made = _inputs(g, shape, size, vocab)
+            made = random_states(g, shape, size, vocab)
             return made | {k: v(g, made) if callable(v) else v for k, v in more.items()}
 
         return Case(
@@ -54,7 +54,7 @@ def cases() -> Iterator[Case]:
             ("hidden_logprob_forward",),
             ("hidden_logprob_backward",),
             ("hidden", "weight", "bias") if "bias" in more else ("hidden", "weight"),
-            _scale,
+            hidden_scale,
         )
 
     def bias(g: torch.Generator, made: Inputs) -> Tensor:
