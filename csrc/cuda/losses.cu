@@ -126,10 +126,13 @@ __global__ void __launch_bounds__(kThreads) count_tokens(const Call c) {
 
 // ---- statistics of sequences --------------------------------------------------------------------
 
+constexpr int kResident = 2;  // blocks that a multiprocessor has registers for
+
 // A block for each sequence, a thread for every kThreads-th of its tokens: no bit depends on what
 // is packed or padded beside it.
 template <class T, class Loss>
-__global__ void __launch_bounds__(kThreads) find_statistics(const Call c, const Loss loss) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    find_statistics(const Call c, const Loss loss) {
   const int64_t s = blockIdx.x;
   const Run run = c.sequences[s];
   const int64_t begin = between(run.begin, 0, c.tokens.cols);
@@ -222,8 +225,6 @@ struct Pass {
     if (c.f.gradient.data) write(c.f.gradient, in.place, gradient);
   }
 };
-
-constexpr int kResident = 2;  // blocks that a multiprocessor has registers for
 
 template <class T, class Loss>
 __global__ void __launch_bounds__(kThreads, kResident)
