@@ -230,6 +230,16 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     assert "kept" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not memory.RESET.exists(), reason="no /proc/self/clear_refs")
+def test_peak_memory_without_times():
+    job = cases.Job(cases.BENCHMARKS["whiten", ""], (64, 16384))
+    (rows,) = run.Runner(run.Settings(CPU, None, [1], ["eager"], timing=False)).rows([job])
+    assert {r.implementation for r in rows} == {"ppo_kernels", "eager"}
+    for r in rows:
+        assert r.median_ms is None
+        assert r.peak_mib >= 4
+
+
 def test_a_second_run_replaces_its_rows_and_keeps_the_others(tmp_path, monkeypatch):
     jobs(monkeypatch, SUM, LOSS)
     _, first = bench(tmp_path)

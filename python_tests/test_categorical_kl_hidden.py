@@ -209,8 +209,16 @@ def test_a_weight_may_be_that_of_both_and_of_the_embedding(backend):
 
 
 @KERNELS
-def test_padding_of_the_vocabularies_does_nothing(backend):
+def test_padding_of_the_vocabularies_does_nothing(backend, monkeypatch):
     """Each model may have its own."""
+    widths, whole = set(), _head.Head.logits
+
+    def logits(self, part, memory):
+        made = whole(self, part, memory)
+        widths.add(made.shape[1])
+        return made
+
+    monkeypatch.setattr(_head.Head, "logits", logits)
     heads = example(vocab=64)
     heads[3] = torch.cat([heads[3], heads[3][:5]])
     for weight in (heads[1], heads[3]):
@@ -222,6 +230,7 @@ def test_padding_of_the_vocabularies_does_nothing(backend):
     (grad,) = torch.autograd.grad(got.sum(), heads[1])
     assert not grad[60:].any()
     assert grad[:60].any(1).all()
+    assert widths == {60}
 
 
 @KERNELS

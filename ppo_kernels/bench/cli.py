@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--seconds", type=_positive, help="of calls per timing, about")
     made.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    made.add_argument("--no-timing", action="store_true", help="leave out times")
     made.add_argument(
         "--out", type=Path, help="folder of the results; benchmarks/results/DEVICE by default"
     )
@@ -172,6 +173,7 @@ def _settings(
         baselines,
         asked.seconds or (0.02 if asked.sizes == "small" else 2.0),
         not asked.no_memory,
+        not asked.no_timing,
     )
 
 

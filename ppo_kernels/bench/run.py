@@ -55,7 +55,8 @@ class Settings:
         executors: Ours, as `testing.executor` takes them; None for what `auto` would choose.
         baselines: Names to compare with; None for all.
         budget: Seconds of calls per contender and job, about.
-        memory: Also measure peak memory.
+        memory: Measure peak memory.
+        timing: Measure times.
     """
 
     device: torch.device
@@ -64,6 +65,7 @@ class Settings:
     baselines: Sequence[str] | None = None
     budget: float = 2.0
     memory: bool = True
+    timing: bool = True
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,11 @@ class Runner:
                 row.status, row.note = "wrong", str(error)
             except Exception as error:
                 row.status, row.note = "failed", f"{type(error).__name__}: {_first_line(error)}"
-        if not calls:
-            return list(rows.values())
-        floor = self._time(job, inputs, calls, factors, rows)
+        floor: dict[str, Any] = {}
+        if calls and self.settings.timing:
+            floor = self._time(job, inputs, calls, factors, rows)
+        if self.settings.memory:
+            self._weigh(inputs, {c: call for c, call in calls.items() if factors[c] == 1}, rows)
         if not floor:
             return list(rows.values())
         return [*rows.values(), blank(PRODUCTS if job.benchmark.products else FLOOR, **floor)]
@@ -220,7 +224,7 @@ class Runner:
         factors: dict[Contender, float],
         rows: dict[Contender, Row],
     ) -> dict[str, Any]:
-        """Fill in times, bandwidth and memory; returns the columns of the floor, if timed."""
+        """Fill in times and bandwidth; returns the columns of the floor, if timed."""
         device = self.settings.device
         first = next((c for c in calls if c.executor), next(iter(calls)))
         with first.context(), torch.set_grad_enabled(job.backward):
@@ -265,12 +269,19 @@ class Runner:
             if factors[c] != 1:
                 row.status = "extrapolated"
                 row.note = f"from {SHORT_STEPS} steps"
-            elif self.settings.memory and large:
-                try:
-                    row.peak_mib = self._peak(c, calls[c]) / 2**20
-                except (RuntimeError, OSError) as error:
-                    row.note = f"no peak memory: {_first_line(error)}"
         return timed(times[FLOOR]) if floor else {}
+
+    def _weigh(
+        self, inputs: Inputs, calls: dict[Contender, Call], rows: dict[Contender, Row]
+    ) -> None:
+        """Fill in peak memory, of large inputs."""
+        if sum(v.nbytes for v in inputs.values() if isinstance(v, Tensor)) < FLUSHED_FROM:
+            return
+        for c, call in calls.items():
+            try:
+                rows[c].peak_mib = self._peak(c, call) / 2**20
+            except (RuntimeError, OSError) as error:
+                rows[c].note = f"no peak memory: {_first_line(error)}"
 
     def _peak(self, c: Contender, call: Call) -> int:
         if self.settings.device.type == "cuda":
