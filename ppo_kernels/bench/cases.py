@@ -491,7 +491,7 @@ def _gpu() -> list[Job]:
 def _memory() -> list[Job]:
     """Peak memory from hidden states, against the vocabulary and against the tokens."""
     vocabularies: list[Shape] = [(512, 64, 1 << k) for k in (15, 16, 17, 18)]
-    tokens: list[Shape] = [(1 << k, 64, 32768) for k in (10, 11, 12, 13)]
+    tokens: list[Shape] = [(1 << k, 64, 16384) for k in (9, 10, 11, 12, 13)]
     jobs = _of_hidden([*vocabularies, *tokens])
     return [job for job in jobs if job.direction == BACKWARD]
 
