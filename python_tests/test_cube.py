@@ -4,7 +4,7 @@ it asked for."""
 import pytest
 import torch
 
-from ppo_kernels.testing import CASES, DTYPES, LAYOUTS, check, executors
+from ppo_kernels.testing import CASES, cells, check, executors
 
 
 @pytest.fixture(autouse=True)
@@ -17,11 +17,17 @@ def poisoned_outputs():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize(
-    ("case", "executor"),
-    [pytest.param(c, e, id=f"{c.id}-{e}") for c in CASES for e in executors(c.function)],
+    ("case", "executor", "dtype", "layout"),
+    [
+        pytest.param(
+            *(case, executor, dtype, layout),
+            id=f"{case.id}-{executor}-{str(dtype).removeprefix('torch.')}-{layout}",
+        )
+        for case in CASES
+        for executor in executors(case.function)
+        for dtype, layout in cells(case)
+    ],
 )
 def test_cell(case, executor, dtype, layout):
     check(case, executor, dtype, layout)

@@ -2,7 +2,7 @@
 
 from .case import DTYPES, Case, Inputs
 from .cases import CASES
-from .cube import check
+from .cube import cells, check
 from .layouts import LAYOUTS, arrange
 from .running import device_of, executor, executors, flatten, run
 from .tolerance import Exact, Expected, allowed_error, judge, mismatch, reference, ulp
@@ -17,6 +17,7 @@ __all__ = [
     "Inputs",
     "allowed_error",
     "arrange",
+    "cells",
     "check",
     "device_of",
     "executor",

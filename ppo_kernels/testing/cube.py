@@ -7,8 +7,8 @@ from functools import lru_cache
 import torch
 
 from .._op import op_counts, reset_op_counts
-from .case import Case, Inputs
-from .layouts import arrange
+from .case import DTYPES, Case, Inputs
+from .layouts import LAYOUTS, arrange
 from .running import device_of, executor, run
 from .tolerance import Expected, judge, reference
 
@@ -17,6 +17,30 @@ from .tolerance import Expected, judge, reference
 def _expected(case: Case, dtype: torch.dtype, seed: int) -> tuple[Inputs, Expected]:
     inputs = case.inputs(torch.Generator().manual_seed(seed))
     return inputs, reference(case, arrange(arrange(inputs, dtype), torch.float64), dtype)
+
+
+# Functions that hand their tensors on to kernels that have cases of their own.
+_COMPOSED = (
+    "categorical_kl_from_hidden",
+    "logprobs_from_hidden",
+    "ppo_loss_from_hidden",
+    "ppo_loss_from_logits",
+)
+
+
+def cells(case: Case) -> list[tuple[torch.dtype, str]]:
+    """The dtypes and layouts of a case.
+
+    All of both, but for what would only repeat: one kind of view shows that strides are handed on,
+    by a function without kernels of its own and for the second of the two half precisions.
+    """
+    return [
+        (dtype, layout)
+        for dtype in DTYPES
+        for layout in LAYOUTS
+        if layout in ("contiguous", "strided")
+        or not (case.function in _COMPOSED or dtype == torch.float16)
+    ]
 
 
 def check(case: Case, name: str, dtype: torch.dtype, layout: str, seed: int = 0) -> None:
