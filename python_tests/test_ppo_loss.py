@@ -235,6 +235,18 @@ def test_double_backward_raises(backend, source):
         torch.autograd.grad(loss, leaves, create_graph=True)
 
 
+@KERNELS
+@SOURCES
+def test_gradcheck(backend, source):
+    e = Example(rows=2, cols=3, vocab=7, size=4, dtype=torch.float64)
+    e.old, e.ref, e.advantages = (t.double() for t in (e.old, e.ref, e.advantages))
+    settings = {"clip_low": 1.0, "clip_high": 1e6, "backend": backend, **TERMS}
+    settings["kl_gradient"] = "k3"
+    torch.autograd.gradcheck(
+        lambda *leaves: e.loss(source, leaves, **settings).loss, e.leaves(source)
+    )
+
+
 @pytest.mark.parametrize("name", EXECUTORS)
 def test_only_the_loss_is_differentiable(name):
     e = Example()

@@ -176,8 +176,10 @@ class Loss(torch.autograd.Function):
         return loss, stats, gradient
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         forbid_double_backward(ctx.public_name)
+        if upstream is None:
+            return (None,) * (3 + ctx.constants)
         (gradient,) = ctx.saved_tensors
         gradient = scaled(gradient, upstream, ctx.dtype, ctx.backend)
         return (None, None, gradient, *(None,) * ctx.constants)

@@ -315,8 +315,10 @@ class _PPOLoss(torch.autograd.Function):
         return loss, *rest
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         forbid_double_backward(ctx.function)
+        if upstream is None:
+            return (None,) * (1 + ctx.arguments)
         gradients = ctx.saved_tensors
         if not _aggregation.is_one(upstream):
             gradients = [_scaled(g, upstream, ctx.backend) for g in gradients]

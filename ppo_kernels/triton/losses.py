@@ -301,8 +301,8 @@ def statistic_kernel(
         end = begin + length
         count = length
     else:
-        begin, _ = load_offset(offsets, offsets_t, k, sequences, tokens)
-        end, _ = load_offset(offsets, offsets_t, k + 1, sequences, tokens)
+        begin, _begin_wrong = load_offset(offsets, offsets_t, k, sequences, tokens)
+        end, _end_wrong = load_offset(offsets, offsets_t, k + 1, sequences, tokens)
     if sequence_counts is not None:
         count = tl.load(sequence_counts + k)
     log_ratios = tl.zeros([BLOCK], tl.float64)
@@ -319,7 +319,7 @@ def statistic_kernel(
         else:
             advantage = load_live(target, target_b, target_t, i, inside, is_live, cols, FLAT, DTYPE)
         if VARIANT == _GMPO:
-            x, _, _ = bounded_log_ratio(x, advantage, low.to(DTYPE), high.to(DTYPE))
+            x, _above, _below = bounded_log_ratio(x, advantage, low.to(DTYPE), high.to(DTYPE))
         log_ratios += x.to(tl.float64)
         advantages += advantage.to(tl.float64)
     share = reciprocal(tl.maximum(count, 1).to(tl.float64))
