@@ -290,6 +290,45 @@ CLIPPED_LOSS = {
 }
 
 
+def _loss_of_logits(
+    logits: Tensor, tokens: Tensor, old_logprobs: Tensor, advantages: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    live = torch.ones_like(tokens, dtype=torch.bool)
+    return _clipped_loss(_logprobs(logits, tokens), old_logprobs, advantages, live)
+
+
+def _loss_of_hidden(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, old_logprobs: Tensor, advantages: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    return _loss_of_logits(hidden @ weight.mT, tokens, old_logprobs, advantages)
+
+
+def _in_parts(
+    logits: Tensor, tokens: Tensor, old_logprobs: Tensor, advantages: Tensor
+) -> tuple[Tensor, Tensor]:
+    logprobs = ppo_kernels.logprobs_from_logits(logits, tokens)
+    loss, metrics = ppo_kernels.clipped_loss(logprobs, old_logprobs, advantages)
+    return loss, metrics.stats
+
+
+def _in_parts_of_hidden(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, old_logprobs: Tensor, advantages: Tensor
+) -> tuple[Tensor, Tensor]:
+    logprobs = ppo_kernels.logprobs_from_hidden(hidden, weight, tokens)
+    loss, metrics = ppo_kernels.clipped_loss(logprobs, old_logprobs, advantages)
+    return loss, metrics.stats
+
+
+LOSS_OF_LOGITS = {
+    **torch_and_inductor(_loss_of_logits),
+    "ours in parts": Baseline(lambda device: _in_parts),
+}
+LOSS_OF_HIDDEN = {
+    **torch_and_inductor(_loss_of_hidden),
+    "ours in parts": Baseline(lambda device: _in_parts_of_hidden),
+}
+
+
 def _value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -163,6 +163,21 @@ def _hidden(g: torch.Generator, shape: Shape) -> Inputs:
     }
 
 
+def _sampled(g: torch.Generator, made: Inputs) -> Inputs:
+    """What a loss needs beside the tokens of each row."""
+    rows = (made["tokens"].shape[0],)
+    old = _normal(g, rows).mul_(0.3).sub_(8.0)
+    return made | {"old_logprobs": old, "advantages": _normal(g, rows)}
+
+
+def _loss_of_logits(g: torch.Generator, shape: Shape) -> Inputs:
+    return _sampled(g, _logits(g, shape))
+
+
+def _loss_of_hidden(g: torch.Generator, shape: Shape) -> Inputs:
+    return _sampled(g, _hidden(g, shape))
+
+
 def _two_hidden(g: torch.Generator, shape: Shape) -> Inputs:
     made = _hidden(g, shape)
     return {
@@ -338,6 +353,23 @@ _ALL = (
         baselines.HIDDEN_KL,
         products=_head_products,
     ),
+    Benchmark(
+        "ppo_loss_from_logits",
+        "",
+        _loss_of_logits,
+        ("logits",),
+        (8, 5003),
+        baselines.LOSS_OF_LOGITS,
+    ),
+    Benchmark(
+        "ppo_loss_from_hidden",
+        "",
+        _loss_of_hidden,
+        ("hidden", "weight"),
+        (8, 64, 5003),
+        baselines.LOSS_OF_HIDDEN,
+        products=_head_products,
+    ),
     Benchmark("clipped_loss", "", _clipped_loss, ("logprobs",), (8, 512), baselines.CLIPPED_LOSS),
     Benchmark("value_loss", "", _value_loss, ("values",), (8, 512), baselines.VALUE_LOSS),
     Benchmark(
@@ -380,7 +412,7 @@ _ALL = (
 BENCHMARKS = {(b.function, b.variant): b for b in _ALL if hasattr(ppo_kernels, b.function)}
 FUNCTIONS = tuple(dict.fromkeys(function for function, _ in BENCHMARKS))
 
-OF_HIDDEN = ("logprobs_from_hidden", "categorical_kl_from_hidden")
+OF_HIDDEN = ("logprobs_from_hidden", "categorical_kl_from_hidden", "ppo_loss_from_hidden")
 # Under PPO these make targets and rewards, and nothing flows back through them.
 CONSTANTS = ("gae", "discounted_returns", "shape_rewards", "vtrace")
 
@@ -408,7 +440,7 @@ def _jobs(
 
 def _per_token(shapes: list[Shape], dtypes: tuple[torch.dtype, ...] = _FP32) -> list[Job]:
     """Everything that takes [B, T]."""
-    others = ("logprobs_from_logits", "categorical_kl", *OF_HIDDEN)
+    others = ("logprobs_from_logits", "ppo_loss_from_logits", "categorical_kl", *OF_HIDDEN)
     names = [key for key in BENCHMARKS if key[0] not in others and key[1] != "packed"]
     return [job for name in names for job in _jobs(*name, shapes, dtypes)]
 
@@ -423,6 +455,7 @@ def _small() -> list[Job]:
         *_jobs("logprobs_from_logits", "entropy", [(8, 1009)], _HALF),
         *_jobs("logprobs_from_logits", "kept", [(8, 1009)]),
         *_of_hidden([(8, 8, 8), (8, 16, 1009)]),
+        *_jobs("ppo_loss_from_logits", "", [(8, 8), (8, 1009)]),
         *_jobs("categorical_kl", "", [(8, 1009)]),
         *_per_token([(1, 8), (8, 256)]),
         *_jobs("gae", "packed", [(4096,)]),
@@ -441,6 +474,8 @@ def _default() -> list[Job]:
         *_jobs("logprobs_from_logits", "kept", logits[2:], (*_FP32, *_HALF)),
         *_of_hidden([(8, 8, 8), (512, 768, 50257), (2048, 768, 50257)]),
         *_of_hidden([(2048, 768, 50257)], _HALF),
+        *_jobs("ppo_loss_from_logits", "", [(8, 8), *logits[2:]]),
+        *_jobs("ppo_loss_from_logits", "", logits[2:], _HALF),
         *_jobs("categorical_kl", "", [(8, 8)]),
         *_jobs("categorical_kl", "", logits[1:2], (*_FP32, *_HALF)),
         *_per_token([(1, 8), (64, 1024), (64, 16384)]),
@@ -458,6 +493,7 @@ def _large() -> list[Job]:
         *_jobs("logprobs_from_logits", "kept", [(4096, 152064)], _HALF),
         *_jobs("logprobs_from_logits", "", [(1, 262144), (4, 262144)]),
         *_of_hidden([(2048, 2048, 50257)]),
+        *_jobs("ppo_loss_from_logits", "", [(4096, 152064)], _HALF),
         *_jobs("categorical_kl", "", [(2048, 152064)], _HALF),
         *_per_token([(1024, 16384)]),
         *_jobs("gae", "", [(16, 1048576), (1, 16777216)]),
@@ -471,6 +507,7 @@ def _gpu() -> list[Job]:
     return [
         *_jobs("logprobs_from_logits", "", logits, _HALF),
         *_jobs("logprobs_from_logits", "entropy", logits, _HALF),
+        *_jobs("ppo_loss_from_logits", "", logits, _HALF),
         *_per_token([(4096, 16384)]),
         *_jobs("gae", "", [(4096, 16384)], directions=(BACKWARD,)),
         *_jobs("gae", "", [(8, 131072), (1, 1048576)]),
@@ -481,6 +518,7 @@ def _gpu() -> list[Job]:
         *_of_hidden([(4096, 4096, 151936)], _HALF),
         *_per_token([(1, 8), (64, 16384)]),
         *_jobs("logprobs_from_logits", "", [(8, 8)]),
+        *_jobs("ppo_loss_from_logits", "", [(8, 8)]),
         *_jobs("categorical_kl", "", [(8, 8)]),
         *_of_hidden([(8, 8, 8)]),
         *_per_token([(64, 16384)], _HALF),
