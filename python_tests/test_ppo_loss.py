@@ -94,12 +94,16 @@ def test_it_is_what_its_parts_give(name, source, aggregation):
 
 
 @KERNELS
-def test_from_logits_has_the_bits_of_its_parts(backend):
+@pytest.mark.parametrize(
+    "settings", [{}, {"variant": "sapo", "tau_pos": 2.0, "tau_neg": 0.5}, {"variant": "gspo"}]
+)
+def test_from_logits_has_the_bits_of_its_parts(backend, settings):
     e = Example()
     (leaf,) = e.leaves("logits")
-    got = e.loss("logits", [leaf], backend=backend)
+    settings = {"backend": backend, **settings}
+    got = e.loss("logits", [leaf], **settings)
     logprobs = pk.logprobs_from_logits(leaf, e.tokens, mask=e.mask, backend=backend)
-    want, metrics = pk.clipped_loss(logprobs, e.old, e.advantages, e.mask, backend=backend)
+    want, metrics = pk.clipped_loss(logprobs, e.old, e.advantages, e.mask, **settings)
     assert torch.equal(got.loss, want)
     assert torch.equal(got.metrics.stats, metrics.stats)
     assert torch.equal(got.logprobs, logprobs)
