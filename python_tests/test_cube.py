@@ -26,7 +26,7 @@ def poisoned_outputs():
         )
         for case in CASES
         for executor in executors(case.function)
-        for dtype, layout in cells(case)
+        for dtype, layout in cells(case, executor)
     ],
 )
 def test_cell(case, executor, dtype, layout):

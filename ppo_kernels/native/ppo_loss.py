@@ -124,9 +124,9 @@ def from_hidden(
     settings = (temperature, softcap, logit_scale, _NO_LABEL)
     rows: tuple[Any, ...] = (*settings, vocab, chunk)
     scoring = Scoring(k.rows, hidden, weight, bias, *(*labels, *rows, o.entropy))
-    gradients = Gradients(scoring.head, hidden, weight, bias, needs)
     tail = Tail(k, o, tokens, scoring.head.dtype)
     at_once = any(needs) and not o.whole_sequences
+    gradients = Gradients(scoring.head, hidden, weight, bias, needs if at_once else [False] * 3)
     parts = None
     if at_once:
         parts = _Parts(o, tokens, tail.weights, scoring.select, scoring.head.live)

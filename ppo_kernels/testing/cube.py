@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 
+from .. import cpu
 from .._op import op_counts, reset_op_counts
 from .case import DTYPES, Case, Inputs
 from .layouts import LAYOUTS, arrange
@@ -28,18 +29,22 @@ _COMPOSED = (
 )
 
 
-def cells(case: Case) -> list[tuple[torch.dtype, str]]:
-    """The dtypes and layouts of a case.
+def cells(case: Case, executor: str) -> list[tuple[torch.dtype, str]]:
+    """The dtypes and layouts in which an executor runs a case.
 
     All of both, but for what would only repeat: one kind of view shows that strides are handed on,
-    by a function without kernels of its own and for the second of the two half precisions.
+    by a function without kernels of its own, to torch, and for the second of the two half
+    precisions; and such a function does the same at every instruction-set level.
     """
+    composed = case.function in _COMPOSED
+    if composed and executor.startswith("cpu:") and executor != f"cpu:{cpu.isa()}":
+        return []
     return [
         (dtype, layout)
         for dtype in DTYPES
         for layout in LAYOUTS
         if layout in ("contiguous", "strided")
-        or not (case.function in _COMPOSED or dtype == torch.float16)
+        or not (composed or executor == "torch" or dtype == torch.float16)
     ]
 
 
