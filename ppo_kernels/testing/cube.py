@@ -32,19 +32,22 @@ _COMPOSED = (
 def cells(case: Case, executor: str) -> list[tuple[torch.dtype, str]]:
     """The dtypes and layouts in which an executor runs a case.
 
-    All of both, but for what would only repeat: one kind of view shows that strides are handed on,
-    by a function without kernels of its own, to torch, and for the second of the two half
-    precisions; and such a function does the same at every instruction-set level.
+    All of both, but for what would only repeat: one kind of view shows that strides are handed on
+    to torch, and for the second of the two half precisions. A function without kernels of its own
+    does the same on every backend and at every instruction-set level, with every view.
     """
-    composed = case.function in _COMPOSED
-    if composed and executor.startswith("cpu:") and executor != f"cpu:{cpu.isa()}":
-        return []
+    if case.function in _COMPOSED:
+        if executor == "torch" or executor == f"cpu:{cpu.isa()}":
+            return [(dtype, "contiguous") for dtype in DTYPES] + [(torch.float32, "strided")]
+        if executor.startswith("cpu:"):
+            return []
+        return [(torch.float32, "contiguous"), (torch.bfloat16, "strided")]
     return [
         (dtype, layout)
         for dtype in DTYPES
         for layout in LAYOUTS
         if layout in ("contiguous", "strided")
-        or not (composed or executor == "torch" or dtype == torch.float16)
+        or not (executor == "torch" or dtype == torch.float16)
     ]
 
 
