@@ -456,7 +456,7 @@ def scale_gradient_kernel(
     i, inside = token_block(tokens, BLOCK)
     by = tl.load(upstream).to(DTYPE)
     if INPLACE:
-        inside &= by != 1.0  # nothing is read where nothing changes
+        inside = i < tl.where(by == 1.0, 0, tokens)  # nothing is read where nothing changes
     g = tl.load(gradient + i, mask=inside, other=0.0).to(DTYPE)
     store_tokens(scaled, i, tl.where(g == 0.0, 0.0, g * by), inside)
 
