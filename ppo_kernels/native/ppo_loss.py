@@ -8,7 +8,7 @@ log-probabilities, then all gradients.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +98,7 @@ def from_logits(
         logprobs, entropies, state = k.rows.forward(logits, *labels, *settings, o.entropy, False)
         loss, stats, terms, policy = tail.loss(logprobs, entropies, o.frame)
         if needs_gradient:
-            g, h = tail.gradients(o, tail.weights, logprobs, policy)
+            g, h = tail.gradients(o, logprobs, policy=policy)
             k.backward_into(grad, g, h, logits, *labels, logprobs, state, *settings)
     result = (loss, stats, terms, logprobs, entropies)
     return result if overwrite else (*result, grad)
@@ -132,7 +132,8 @@ def from_hidden(
         parts = _Parts(o, tokens, tail.weights, scoring.select, scoring.head.live)
     for scored in scoring.parts():
         if parts is not None:
-            g, h = tail.gradients(*parts.of(scored.part.rows), scored.logprobs)
+            of_part, weights = parts.of(scored.part.rows)
+            g, h = tail.gradients(of_part, scored.logprobs, weights=weights)
             k.rows.backward_(
                 g, h, scored.logits, *scored.labels, scored.logprobs, scored.state, *settings
             )
@@ -143,7 +144,7 @@ def from_hidden(
     loss, stats, terms, policy = tail.loss(logprobs, entropies, frame)
     if not later:
         return loss, stats, terms, logprobs, entropies, *gradients.results()
-    g, h = tail.gradients(o, tail.weights, logprobs, policy)
+    g, h = tail.gradients(o, logprobs, policy=policy)
     given = (*labels, logprobs, state, *rows, needs)
     made = logprob_hidden.backward(k.rows, g, h, hidden, weight, bias, *given)
     return loss, stats, terms, logprobs, entropies, *made
@@ -153,9 +154,13 @@ class Tail:
     """From log-probabilities and entropies of tokens to the loss, and back."""
 
     def __init__(self, k: Kernels, o: Objective, tokens: Tensor, dtype: torch.dtype) -> None:
-        self.k, self.o = k, o
-        self.weights = Batch(tokens, o.frame).weights(o.frame, dtype)
+        self.k, self.o, self.tokens, self.dtype = k, o, tokens, dtype
         self.scale = None if o.loss_scale is None else o.loss_scale.to(dtype)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """Not asked for by the policy's term alone of all tokens, whose kernel has them."""
+        return Batch(self.tokens, self.o.frame).weights(self.o.frame, self.dtype)
 
     def loss(
         self, logprobs: Tensor, entropies: Tensor, frame: Frame
@@ -178,10 +183,19 @@ class Tail:
         return total(o, *terms), stats, torch.stack(terms), gradient
 
     def gradients(
-        self, o: Objective, weights: Tensor, logprobs: Tensor, policy: Tensor | None = None
+        self,
+        o: Objective,
+        logprobs: Tensor,
+        *,
+        weights: Tensor | None = None,
+        policy: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Of log-probabilities and entropies; `policy` is that of the policy's term, if known."""
+        """Of log-probabilities and entropies.
+
+        Either of a part, with the `weights` of its tokens, or of all, with the `policy`'s gradient.
+        """
         if policy is None:
+            assert weights is not None
             _, _, slopes = self.k.clipped_loss(
                 logprobs, o.old_logprobs, o.advantages, *o.policy, *o.frame
             )
@@ -191,9 +205,11 @@ class Tail:
                 torch.ones_like(logprobs), logprobs, o.ref_logprobs, o.frame.mask, o.kl_gradient,
                 o.kl_clamp,
             )  # fmt: skip
+            weights = self.weights if weights is None else weights
             policy = policy + o.kl_coef * slopes * weights
         entropy = None
         if o.entropy_coef:
+            weights = self.weights if weights is None else weights
             entropy = self._scaled(-o.entropy_coef * weights).expand(logprobs.shape)
         return self._scaled(policy), entropy
 
