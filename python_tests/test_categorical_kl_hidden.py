@@ -168,6 +168,9 @@ def test_a_bias_alone_may_train(backend):
 
 @pytest.mark.skipif(not memory.RESET.exists(), reason="no /proc/self/clear_refs")
 @pytest.mark.skipif(not ON_CPU, reason="measured on a CPU")
+@pytest.mark.skipif(
+    "PPO_KERNELS_SANITIZED" in os.environ, reason="AddressSanitizer holds back freed memory"
+)
 @pytest.mark.parametrize(
     ("more", "tiles"), [("", 2), (", softcap=9.0", 3)], ids=["plain", "softcap"]
 )
