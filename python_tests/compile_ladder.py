@@ -220,7 +220,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="only the representative launches")
     parser.add_argument("--record", action="store_true", help="write triton_resources/*.json")
-    parser.add_argument("--family", choices=sorted(SOURCES), help="only this family")
+    families = sorted({launch.family for launch in LAUNCHES})
+    parser.add_argument("--family", choices=families, help="only this family")
     arguments = parser.parse_args()
     chosen = [
         launch
