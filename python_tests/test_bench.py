@@ -9,7 +9,8 @@ import torch
 import ppo_kernels as pk
 from ppo_kernels import cpu, triton
 from ppo_kernels._op import OPS
-from ppo_kernels.bench import baselines, cases, cli, memory, plot, results, run, summary, timing
+from ppo_kernels.bench import cases, cli, memory, plot, results, run, summary, timing
+from ppo_kernels.bench.baselines.baseline import Baseline, peer
 
 CPU = torch.device("cpu")
 
@@ -194,9 +195,9 @@ def test_a_wrong_or_failing_baseline_is_reported(tmp_path, monkeypatch):
         return call
 
     planted = {
-        "wrong": baselines.Baseline(lambda device: lambda x, mask: x.sum()),
-        "failing": baselines.Baseline(fails),
-        "absent": baselines.peer("no_such_package.functions", "f", lambda f: f),
+        "wrong": Baseline(lambda device: lambda x, mask: x.sum()),
+        "failing": Baseline(fails),
+        "absent": peer("no_such_package.functions", "f", lambda f: f),
     }
     for name, baseline in planted.items():
         monkeypatch.setitem(job.benchmark.baselines, name, baseline)

@@ -13,8 +13,8 @@ import ppo_kernels
 
 from .. import testing
 from ..testing import Inputs
-from . import baselines
-from .baselines import Baseline
+from .baselines import of_rows, of_scans, of_tokens
+from .baselines.baseline import Baseline
 
 FORWARD, BACKWARD = "forward", "forward+backward"
 Shape = tuple[int, ...]
@@ -305,7 +305,7 @@ _ALL = (
         _logits,
         ("logits",),
         (8, 50257),
-        baselines.LOGPROBS,
+        of_rows.LOGPROBS,
         again=("logits", "tokens"),
     ),
     Benchmark(
@@ -314,7 +314,7 @@ _ALL = (
         _entropy,
         ("logits",),
         (8, 50257),
-        baselines.LOGPROBS_ENTROPY,
+        of_rows.LOGPROBS_ENTROPY,
         again=("logits", "tokens"),
     ),
     Benchmark(
@@ -323,7 +323,7 @@ _ALL = (
         _kept,
         ("logits",),
         (8, 50257),
-        baselines.LOGPROBS_KEPT,
+        of_rows.LOGPROBS_KEPT,
         reads=_kept_bytes,
     ),
     Benchmark(
@@ -332,7 +332,7 @@ _ALL = (
         _hidden,
         ("hidden", "weight"),
         (8, 64, 5003),
-        baselines.HIDDEN,
+        of_rows.HIDDEN,
         products=_head_products,
     ),
     Benchmark(
@@ -341,7 +341,7 @@ _ALL = (
         _two_logits,
         ("logits",),
         (8, 50257),
-        baselines.CATEGORICAL_KL,
+        of_rows.CATEGORICAL_KL,
         again=("logits", "ref_logits"),
     ),
     Benchmark(
@@ -350,7 +350,7 @@ _ALL = (
         _two_hidden,
         ("hidden", "weight"),
         (8, 64, 5003),
-        baselines.HIDDEN_KL,
+        of_rows.HIDDEN_KL,
         products=_head_products,
     ),
     Benchmark(
@@ -359,7 +359,7 @@ _ALL = (
         _loss_of_logits,
         ("logits",),
         (8, 5003),
-        baselines.LOSS_OF_LOGITS,
+        of_rows.LOSS_OF_LOGITS,
     ),
     Benchmark(
         "ppo_loss_from_hidden",
@@ -367,22 +367,22 @@ _ALL = (
         _loss_of_hidden,
         ("hidden", "weight"),
         (8, 64, 5003),
-        baselines.LOSS_OF_HIDDEN,
+        of_rows.LOSS_OF_HIDDEN,
         products=_head_products,
     ),
-    Benchmark("clipped_loss", "", _clipped_loss, ("logprobs",), (8, 512), baselines.CLIPPED_LOSS),
-    Benchmark("value_loss", "", _value_loss, ("values",), (8, 512), baselines.VALUE_LOSS),
+    Benchmark("clipped_loss", "", _clipped_loss, ("logprobs",), (8, 512), of_tokens.CLIPPED_LOSS),
+    Benchmark("value_loss", "", _value_loss, ("values",), (8, 512), of_tokens.VALUE_LOSS),
     Benchmark(
         "kl_penalty",
         "k3",
         _kl_penalty,
         ("logprobs",),
         (8, 512),
-        baselines.KL_PENALTY,
+        of_tokens.KL_PENALTY,
         again=_RATIOS,
     ),
     Benchmark(
-        "kl_penalty", "k1", _k1, ("logprobs",), (8, 512), baselines.KL_PENALTY, again=("mask",)
+        "kl_penalty", "k1", _k1, ("logprobs",), (8, 512), of_tokens.KL_PENALTY, again=("mask",)
     ),
     Benchmark(
         "shape_rewards",
@@ -390,24 +390,24 @@ _ALL = (
         _shape_rewards,
         ("scores", "logprobs"),
         (8, 512),
-        baselines.SHAPE_REWARDS,
+        of_tokens.SHAPE_REWARDS,
         again=("mask",),
     ),
-    Benchmark("gae", "", _gae, ("rewards", "values"), (8, 256), baselines.GAE, again=("mask",)),
-    Benchmark("gae", "packed", _packed, ("rewards", "values"), (2048,), baselines.GAE_PACKED),
+    Benchmark("gae", "", _gae, ("rewards", "values"), (8, 256), of_scans.GAE, again=("mask",)),
+    Benchmark("gae", "packed", _packed, ("rewards", "values"), (2048,), of_scans.GAE_PACKED),
     Benchmark(
         "discounted_returns",
         "",
         _returns,
         ("rewards",),
         (8, 256),
-        baselines.RETURNS,
+        of_scans.RETURNS,
         again=("mask",),
     ),
-    Benchmark("vtrace", "", _vtrace, (), (8, 256), baselines.VTRACE),
-    Benchmark("whiten", "", _x, ("x",), (8, 512), baselines.WHITEN, again=("x", "mask")),
-    Benchmark("masked_mean", "", _x, ("x",), (8, 512), baselines.MASKED_MEAN, again=("mask",)),
-    Benchmark("masked_sum", "", _x, ("x",), (8, 512), baselines.MASKED_SUM, again=("mask",)),
+    Benchmark("vtrace", "", _vtrace, (), (8, 256), of_scans.VTRACE),
+    Benchmark("whiten", "", _x, ("x",), (8, 512), of_tokens.WHITEN, again=("x", "mask")),
+    Benchmark("masked_mean", "", _x, ("x",), (8, 512), of_tokens.MASKED_MEAN, again=("mask",)),
+    Benchmark("masked_sum", "", _x, ("x",), (8, 512), of_tokens.MASKED_SUM, again=("mask",)),
 )
 BENCHMARKS = {(b.function, b.variant): b for b in _ALL if hasattr(ppo_kernels, b.function)}
 FUNCTIONS = tuple(dict.fromkeys(function for function, _ in BENCHMARKS))

@@ -22,7 +22,7 @@ from .. import cpu, info, testing, triton
 from .._op import refusal, use_backend
 from ..testing import Inputs
 from . import cases, memory
-from .baselines import UnavailableError
+from .baselines.baseline import UnavailableError
 from .cases import Job
 from .results import FLOOR, OURS, PRODUCTS, Row
 from .timing import (
