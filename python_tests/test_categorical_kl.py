@@ -387,13 +387,12 @@ def test_double_backward_raises(backend):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("grad", [False, True])
-def test_opcheck(grad, backend):
+def test_opcheck(backend):
     logits, ref = example(2, 3, 50)
     mask = torch.ones(2, 3)
     ops = torch.ops.ppo_kernels
     args = (True, 0.7, backend)
-    opcheck(ops.categorical_kl_forward, (logits.clone().requires_grad_(grad), ref, mask, *args))
+    opcheck(ops.categorical_kl_forward, (logits.clone().requires_grad_(), ref, mask, *args))
     opcheck(ops.categorical_kl_forward, (logits, ref.double(), None, False, 1.0, backend))
     kl, state = ops.categorical_kl_forward(logits, ref, mask, *args)
     opcheck(ops.categorical_kl_backward, (kl, logits, ref, mask, kl, state, *args))
@@ -406,7 +405,7 @@ def test_compiles_without_a_graph_break(backend, dynamic):
         return pk.categorical_kl(x, r, mask=m, temperature=0.9, backend=backend).square().sum()
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for rows in (3, 5):
+    for rows in (3, 5) if dynamic else (3,):
         logits, ref = example(rows, 4, 60, seed=rows)
         mask = logits[..., 0] > 0
         a, b = (logits.clone().requires_grad_() for _ in range(2))

@@ -292,13 +292,12 @@ def test_double_backward_raises(backend):
 
 
 @KERNELS
-@pytest.mark.parametrize("grad", [False, True])
-def test_opcheck(grad, backend):
+def test_opcheck(backend):
     hidden, weight, ref_hidden, ref_weight = example(4, 6, 5, 9)
     ops = torch.ops.ppo_kernels
     mask = hidden[:, 0] > -1
     settings = (True, 0.9, 5.0, 0.7, 8, TILE)
-    leaves = [t.clone().requires_grad_(grad) for t in (hidden, weight, torch.zeros(9))]
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight, torch.zeros(9))]
     constants = (ref_hidden, ref_weight, torch.ones(9), mask)
     opcheck(ops.hidden_kl_forward, (*leaves, *constants, *settings, backend))
     detached = [t.detach() for t in leaves]
@@ -314,7 +313,7 @@ def test_compiles_without_a_graph_break(backend, dynamic):
         return pk.categorical_kl_from_hidden(*arguments, softcap=5.0, backend=backend).square()
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for rows in (3, 5):
+    for rows in (3, 5) if dynamic else (3,):
         heads = example(rows)
         results = []
         for g in (f, compiled):

@@ -307,11 +307,10 @@ def test_double_backward_raises(backend):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("grad", [False, True])
-def test_opcheck(grad, backend):
+def test_opcheck(backend):
     logprobs, ref, mask = example(3, 20)
-    logprobs.requires_grad_(grad)
-    scores = torch.ones(3, requires_grad=grad)
+    logprobs.requires_grad_()
+    scores = torch.ones(3, requires_grad=True)
     ops = torch.ops.ppo_kernels
     opcheck(ops.kl_forward, (logprobs, ref, mask, "k3", "k2", INF, backend))
     opcheck(ops.kl_forward, (logprobs.T, ref.T, None, "k1", "k1", 2.0, backend))
@@ -341,7 +340,7 @@ def test_compiles_without_a_graph_break(backend, dynamic):
         return kl.sum() + out.rewards.square().sum() + packed.rewards.square().sum()
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for rows in (3, 5):
+    for rows in (3, 5) if dynamic else (3,):
         a, b, mask = example(rows, 6, seed=rows)
         offsets = torch.arange(rows + 1) * 6
         leaves = [(torch.ones(rows), a.clone()) for _ in range(2)]

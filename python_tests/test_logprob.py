@@ -375,10 +375,9 @@ def test_double_backward_raises(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("grad", [False, True])
-def test_opcheck(grad, backend):
+def test_opcheck(backend):
     logits, tokens = example(2, 3, 50)
-    logits.requires_grad_(grad)
+    logits.requires_grad_()
     temperatures = torch.rand(2, 3) + 0.5
     ops = torch.ops.ppo_kernels
     args = (tokens, tokens > 9, temperatures, 1.0, 0.0, 1.0, -100)
@@ -402,7 +401,7 @@ def test_compiles_without_a_graph_break(backend, dynamic):
         return out.logprobs.sum() + out.entropy.square().sum()
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for rows in (3, 5):
+    for rows in (3, 5) if dynamic else (3,):
         logits, tokens = example(rows, 4, 60, seed=rows)
         mask = tokens > 5
         a, b = (logits.clone().requires_grad_() for _ in range(2))

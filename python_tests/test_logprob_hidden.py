@@ -198,14 +198,13 @@ def test_double_backward_raises(backend):
 
 
 @KERNELS
-@pytest.mark.parametrize("grad", [False, True])
-def test_opcheck(grad, backend):
+def test_opcheck(backend):
     hidden, weight, tokens = example(4, 6, 9)
     bias = torch.zeros(9)
     ops = torch.ops.ppo_kernels
     mask = tokens > 2
     settings = (0.9, 0.0, 1.0, -100, 8, TILE)
-    leaves = [t.clone().requires_grad_(grad) for t in (hidden, weight, bias)]
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
     tokens = tokens % 8
     opcheck(ops.hidden_logprob_forward, (*leaves, tokens, mask, None, *settings, True, backend))
     detached = [t.detach() for t in leaves]
@@ -231,7 +230,7 @@ def test_compiles_without_a_graph_break(backend, dynamic):
         return out.logprobs.sum() + out.entropy.square().sum()
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for rows in (3, 5):
+    for rows in (3, 5) if dynamic else (3,):
         hidden, weight, tokens = example(rows)
         grads = []
         for g in (f, compiled):

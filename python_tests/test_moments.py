@@ -413,17 +413,15 @@ def test_ranks_whiten_their_union(tmp_path):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("grad", [False, True])
-def test_opcheck(grad, backend):
+def test_opcheck(backend):
     x, mask = example(3, 50)
-    x.requires_grad_(grad)
+    x.requires_grad_()
     ops = torch.ops.ppo_kernels
     opcheck(ops.whiten_forward, (x, mask, True, True, 1e-8, backend))
     opcheck(ops.whiten_forward, (x.T, None, False, False, 0.1, backend))
-    for dim in (None, 0, 1):
-        for m in (None, mask):
-            opcheck(ops.masked_sum, (x, m, dim, backend))
-            opcheck(ops.masked_mean, (x, m, dim, backend))
+    for m, dim in ((None, None), (mask, 0), (mask, 1)):
+        opcheck(ops.masked_sum, (x, m, dim, backend))
+        opcheck(ops.masked_mean, (x, m, dim, backend))
     x = x.detach()
     moments = ops.moments(x, mask, backend)
     opcheck(ops.moments, (x, mask, backend))
@@ -440,7 +438,7 @@ def test_compiles_without_a_graph_break(backend, dynamic):
         return pk.masked_sum(y * y.detach(), m, backend=backend) + mean.square().sum()
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for rows in (3, 5):
+    for rows in (3, 5) if dynamic else (3,):
         x, mask = example(rows, 60, seed=rows)
         a, b = (x.clone().requires_grad_() for _ in range(2))
         expected, got = f(a, mask), compiled(b, mask)

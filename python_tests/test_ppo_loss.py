@@ -434,7 +434,7 @@ def test_compiles_without_a_graph_break(backend, source, dynamic):
         return out.loss * 0.7, out.entropy, out.metrics.clip_fraction
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for cols in (6, 9):
+    for cols in (6, 9) if dynamic else (6,):
         e = Example(cols=cols)
         results = []
         for g in (f, compiled):
