@@ -34,7 +34,7 @@ from .logprob import (
     write_row,
     write_row_without_sums,
 )
-from .losses import policy_loss
+from .losses_formulas import policy_loss
 
 
 @triton.jit
