@@ -43,15 +43,18 @@ def cells(case: Case, executor: str) -> list[tuple[torch.dtype, str]]:
         if executor.startswith("cpu:"):
             return []
         return [(torch.bfloat16, "strided")]
-    # An interpreter knows no alignment, which is all that an offset changes.
-    interpreted = executor == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    # What an interpreter cannot see: alignment, which is all that an offset changes; how wide loads
+    # are, which is where strides meet dtypes.
+    if executor == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        views = [layout for layout in LAYOUTS if layout not in ("contiguous", "offset")]
+        every = [(dtype, "contiguous") for dtype in DTYPES]
+        return every + [(torch.bfloat16, layout) for layout in views]
     return [
         (dtype, layout)
         for dtype in DTYPES
         for layout in LAYOUTS
         if layout in ("contiguous", "strided")
         or not (executor == "torch" or dtype == torch.float16)
-        if not (interpreted and layout == "offset")
     ]
 
 
