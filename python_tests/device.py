@@ -11,6 +11,11 @@ from ppo_kernels.testing import executors
 
 DEVICE = os.environ.get("PPO_KERNELS_TEST_DEVICE", "cpu")
 
+# The Triton kernels run in an interpreter: without alignment or threads, and a row takes long.
+INTERPRETED = DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+THREADS = () if INTERPRETED else (1, 2, 3)
+OFFSETS = range(1 if INTERPRETED else 16)
+
 
 def seeded(seed: int) -> torch.Generator:
     """A generator on DEVICE, which is also where tensors are made unless told otherwise."""

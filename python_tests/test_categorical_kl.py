@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from device import DEVICE, kernels, raises, seeded
+from device import DEVICE, OFFSETS, THREADS, kernels, raises, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -294,14 +294,14 @@ def test_bits_of_a_row_depend_on_nothing_but_the_row(name, reverse, dtype):
         for layout in LAYOUTS.values():
             same(layout(logits), layout(ref))
             same(logits, layout(ref))
-        for offset in range(16):
+        for offset in OFFSETS:
             buffer = torch.empty(logits.numel() + offset, dtype=dtype)
             same(buffer[offset:].view(logits.shape).copy_(logits)[:2], ref[:2], slice(2))
         for i in range(5):
             same(logits[i], ref[i], i)
         threads = torch.get_num_threads()
         try:
-            for n in (1, 2, 3):
+            for n in THREADS:
                 torch.set_num_threads(n)
                 same(logits, ref)
                 same(logits[2:3].expand(30, -1), ref[2:3].expand(30, -1), [2] * 30)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from device import DEVICE, kernels, raises, seeded
+from device import DEVICE, INTERPRETED, kernels, raises, seeded
 from torch.library import opcheck
 
 import ppo_kernels as pk
@@ -236,6 +236,7 @@ def test_padding_of_the_vocabularies_does_nothing(backend, monkeypatch):
     assert widths == {60}
 
 
+@pytest.mark.skipif(INTERPRETED, reason="no kernel sums chunks, all backends do it alike")
 @KERNELS
 def test_many_chunks_add_no_bias(backend):
     """Their sum is kept in fp32 and rounded once: at random, and by half a unit at the most."""

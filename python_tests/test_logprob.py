@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from device import DEVICE, kernels, raises, seeded
+from device import DEVICE, INTERPRETED, OFFSETS, THREADS, kernels, raises, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -179,19 +179,19 @@ def test_bits_of_a_row_depend_on_nothing_but_the_row(name, dtype):
             return a[:2] == b[:2] and torch.equal(a[2], b[2])
 
         expected = row(logits[:1].clone(), tokens[:1])
-        for offset in range(16):
+        for offset in OFFSETS:
             buffer = torch.empty(logits.numel() + offset, dtype=dtype)
             moved = buffer[offset:].view(logits.shape).copy_(logits)
             assert same(row(moved[:2], tokens[:2]), expected), offset
         assert same(row(logits.flip(0).flip(0), tokens), expected)
         strided = torch.empty(9, 2 * 10007, dtype=dtype)[:, ::2].copy_(logits)
         assert same(row(strided, tokens), expected)
-        many = 20 if (name, DEVICE) == ("triton", "cpu") else 600  # interpreted rows take long
+        many = 20 if INTERPRETED else 600
         big = logits[:1].expand(many, -1)
         assert same(row(big, tokens[:1].expand(many)), expected)
         threads = torch.get_num_threads()
         try:
-            for n in (1, 2, 3):
+            for n in THREADS:
                 torch.set_num_threads(n)
                 assert same(row(logits[:1], tokens[:1]), expected), n
                 assert same(row(logits, tokens), expected), n
@@ -232,7 +232,7 @@ def test_shifted_logits_are_not_copied(monkeypatch):
     assert seen == [(logits.data_ptr(), 0, 300, 50, 1)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=10 if INTERPRETED else 40, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("name", COMPILED)
 def test_splitting_the_rows_anywhere_changes_no_bit(name, data):

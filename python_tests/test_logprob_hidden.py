@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from device import DEVICE, kernels, raises, seeded
+from device import DEVICE, INTERPRETED, kernels, raises, seeded
 from torch.library import opcheck
 
 import ppo_kernels as pk
@@ -148,6 +148,7 @@ def test_padding_of_the_vocabulary_does_nothing(backend):
     assert grad[:60].any(1).all()
 
 
+@pytest.mark.skipif(INTERPRETED, reason="no kernel sums chunks, all backends do it alike")
 @KERNELS
 def test_many_chunks_add_no_bias(backend):
     """Their sum is kept in fp32: what the last ones add is not lost, as it would be in bf16."""

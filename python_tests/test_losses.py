@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device import INTERPRETED
 from hypothesis import given, settings
 from loss_oracle import (
     BACKENDS,
@@ -167,7 +168,7 @@ def test_no_live_token_gives_a_connected_zero(name, function, aggregation):
 @LOSSES
 @EXECUTORS
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=5 if INTERPRETED else 25, deadline=None)
 @given(batch=batches())
 def test_padding_packing_and_micro_batches_are_one_batch(name, function, aggregation, batch):
     check_parts(name, function, aggregation, batch)
