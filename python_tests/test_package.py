@@ -49,7 +49,7 @@ def test_pip_install_in_isolation_without_cmake_or_ninja(tmp_path):
     venv.create(fresh, with_pip=True)
     unoptimized = ("-C", "cmake.build-type=Debug")  # in a quarter of the time
     pip = subprocess.run(
-        [fresh / "bin/python", *"-m pip install -v --no-deps".split(), source, *unoptimized],
+        [fresh / "bin/python", "-m", "pip", "install", "-v", "--no-deps", source, *unoptimized],
         env={k: v for k, v in os.environ.items() if k != "CMAKE_PREFIX_PATH"}
         | {"PATH": str(tools)},
         capture_output=True,
