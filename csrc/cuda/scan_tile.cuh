@@ -140,7 +140,7 @@ class Tile {
           all[chain] = joined(all[chain], {s_.x[chain][i], coefficient(i, c[chain])});
       tree_.publish((begin_ + node.first + node.steps - 1) >> kFanBits, all);
     }
-    __syncthreads();
+    __syncwarp();  // before a lane waits for another; other warps publish whatever this one does
   }
 
   // The nodes above that end in the tile, then what is carried to those of level 1.
