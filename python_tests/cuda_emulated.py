@@ -28,7 +28,11 @@ OPTIONS = [
     '-DPPOK_COMPILER="the emulator"',
     '-DPPOK_ARCHITECTURES="none"',
 ]
-DEFAULTS = {"thread_order": "forward", "block_order": "forward", "resident_blocks": 4, "seed": 1}
+SANITIZE = os.environ.get("PPO_KERNELS_EMULATOR_SANITIZE", "")
+DEFAULTS = {
+    "thread_order": os.environ.get("CUDA_EMULATOR_THREAD_ORDER", "forward"),
+    "block_order": "forward", "resident_blocks": 4, "seed": 1, "shared_bytes": 227 << 10,
+}  # fmt: skip
 # What no result may depend on.
 SCHEDULES: list[dict[str, Any]] = [
     {"thread_order": "reversed"},
@@ -36,6 +40,8 @@ SCHEDULES: list[dict[str, Any]] = [
     {"thread_order": "shuffled", "seed": 2, "block_order": "reversed"},
     {"resident_blocks": 1, "block_order": "reversed"},
 ]
+if SANITIZE == "thread":  # tells races in any schedule
+    SCHEDULES = SCHEDULES[2:3]
 
 
 def unavailable() -> str | None:
@@ -61,8 +67,7 @@ def _launch() -> tuple[Any, ...]:
 @cache
 def module() -> Any:
     sources = [*sorted(SOURCES.glob("*.cu")), SOURCES / "bindings.cpp"]
-    sanitize = os.environ.get("PPO_KERNELS_EMULATOR_SANITIZE", "")
-    return build.load(build.extension("_cuda_emulated", sources, sanitize, OPTIONS))
+    return build.load(build.extension("_cuda_emulated", sources, SANITIZE, OPTIONS))
 
 
 def install() -> None:
