@@ -31,7 +31,8 @@ struct PolicyLoss : PolicySums {
   PolicyNumbers<double> numbers;
   double clamp;
 
-  explicit PolicyLoss(const ClippedLoss& a)
+  template <class Args>
+  PPOK_HD explicit PolicyLoss(const Args& a)
       : numbers{a.low, a.high, a.dual}, clamp(a.log_ratio_clamp) {}
 
   // The numbers as lanes, and the clamp.
@@ -177,9 +178,11 @@ struct SquaredError : SquaredErrorSums {
   };
 };
 
-// body(loss) for the loss that the arguments ask for.
-template <class Body>
-auto with_loss(const ClippedLoss& a, Body&& body) {
+// body(loss) for the loss that the arguments ask for. Of a policy's they name its variant, low,
+// high, dual and log_ratio_clamp.
+PPOK_EITHER
+template <class Args, class Body>
+PPOK_HD auto with_token_loss(const Args& a, Body&& body) {
   const bool bounded = a.dual < INFINITY || a.log_ratio_clamp < INFINITY;
   switch (a.variant) {
     case kCispo:
@@ -188,13 +191,21 @@ auto with_loss(const ClippedLoss& a, Body&& body) {
       return body(PolicyLoss<SoftGate, true>(a));
     case kGpg:
       return body(PolicyLoss<PolicyGradient, true>(a));
+    default:  // kClip
+      if (bounded) return body(PolicyLoss<ClippedRatio<true>, true>(a));
+      return body(PolicyLoss<ClippedRatio<false>, false>(a));
+  }
+}
+
+template <class Body>
+auto with_loss(const ClippedLoss& a, Body&& body) {
+  switch (a.variant) {
     case kGspo:
       return body(PolicyLoss<ClippedSequenceRatio, true>(a));
     case kGmpo:
       return body(PolicyLoss<GeometricMean, true>(a));
-    default:  // kClip
-      if (bounded) return body(PolicyLoss<ClippedRatio<true>, true>(a));
-      return body(PolicyLoss<ClippedRatio<false>, false>(a));
+    default:
+      return with_token_loss(a, body);
   }
 }
 

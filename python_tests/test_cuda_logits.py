@@ -5,12 +5,15 @@ With PPO_KERNELS_EMULATOR_SANITIZE=address,undefined also that nothing outside o
 
 import ctypes
 from contextlib import contextmanager
+from functools import partial
 
 import cuda_emulated
 import pytest
 import torch
 
 import ppo_kernels as pk
+from ppo_kernels import _faults
+from ppo_kernels.native import DTYPE_CODES
 
 pytestmark = pytest.mark.skipif(
     cuda_emulated.unavailable() is not None, reason=str(cuda_emulated.unavailable())
@@ -31,6 +34,16 @@ def logprobs(logits, _, **more):
     return out.logprobs.detach(), out.entropy.detach(), grad
 
 
+def policy_loss(logits, ref, **more):
+    """Of many rows by one kernel, which keeps a row on the chip."""
+    leaf, tokens = logits.detach().requires_grad_(), tokens_of(logits)
+    ones = torch.ones(tokens.shape)
+    settings = {"variant": "gpg", "aggregation": "token-sum", "entropy_coef": 0.3}
+    out = pk.ppo_loss_from_logits(leaf, tokens, ones, ones, backend=BACKEND, **settings, **more)
+    (grad,) = torch.autograd.grad(out.loss, leaf)
+    return out.logprobs, out.entropies, grad
+
+
 def divergence(logits, ref, reverse=False, **more):
     leaf = logits.detach().requires_grad_()
     kl = pk.categorical_kl(leaf, ref, reverse=reverse, backend=BACKEND, **more)
@@ -41,7 +54,9 @@ def reversed_divergence(logits, ref, **more):
     return divergence(logits, ref, reverse=True, **more)
 
 
-FUNCTIONS = pytest.mark.parametrize("function", [logprobs, divergence, reversed_divergence])
+FUNCTIONS = pytest.mark.parametrize(
+    "function", [logprobs, policy_loss, divergence, reversed_divergence]
+)
 
 
 def example(*shape, dtype):
@@ -138,7 +153,7 @@ def test_rows_that_end_around_a_segment(function, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_columns_of_any_stride_have_the_same_bits(dtype):
     logits, ref = example(2, 20011, dtype=dtype)
-    for function in (logprobs, divergence):
+    for function in (logprobs, policy_loss, divergence):
         expected = function(logits, ref)
         same(function(logits.mT.contiguous().mT, ref), expected)
         same(function(logits, ref.repeat_interleave(2, -1)[:, ::2]), expected)
@@ -149,7 +164,7 @@ def test_columns_further_apart_than_32_bits_reach():
     values, ref = example(1, 40, dtype=torch.bfloat16)
     base = torch.empty(2**32, dtype=torch.bfloat16)
     far = base.as_strided((1, 40), (0, 2**26 + 2**25 + 1)).copy_(values)
-    for function in (logprobs, divergence):
+    for function in (logprobs, policy_loss, divergence):
         same([t.clone() for t in function(far, ref)], function(values, ref))
     same(divergence(values, far), divergence(values, values))
 
@@ -194,7 +209,7 @@ def test_mixed_dtypes_are_those_in_the_wider_one(reverse, first, second):
 SHAPES = [((3, 5), torch.float32), ((3, 40001), torch.bfloat16), ((3, 40000), torch.float32)]
 
 
-@pytest.mark.parametrize("function", [divergence, reversed_divergence])
+@pytest.mark.parametrize("function", [policy_loss, divergence, reversed_divergence])
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES)
 def test_bits_depend_on_no_schedule(function, shape, dtype):
     logits, ref = example(*shape, dtype=dtype)
@@ -207,9 +222,136 @@ def test_bits_depend_on_no_schedule(function, shape, dtype):
 
 @FUNCTIONS
 def test_bits_of_one_row_are_those_among_many(function):
-    """In fp64, which the order of segments shows in."""
-    logits, ref = example(1, 20011, dtype=torch.float64)
+    """In fp64, which the order of segments shows in; one kernel for many rows has fp32 at most."""
+    dtype = torch.float32 if function is policy_loss else torch.float64
+    logits, ref = example(1, 20011, dtype=dtype)
     expected = function(logits, ref)
     many = function(logits.expand(5, -1).clone(), ref.expand(5, -1).clone())
     for row in range(5):
         same([t[row, None] for t in many], expected)
+
+
+# ---- rows that stay on the chip ------------------------------------------------------------------
+
+TWO_PASSES = ["logprob_forward", "logprob_backward"]
+EVERYTHING = {
+    "entropy_coef": 0.05, "kl_coef": 0.3, "kl_gradient": "k2", "log_ratio_clamp": 0.5,
+    "temperature": 0.8, "softcap": 6.0, "logit_scale": 0.9, "dual_clip": 1.5,
+    "loss_scale": torch.tensor(8.0), "aggregation": "seq-mean-token-mean",
+}  # fmt: skip
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The kernels of rows that run from here on."""
+    names, module = [], cuda_emulated.module()
+
+    def spy(name, kernel, *args):
+        names.append(name)
+        return kernel(*args)
+
+    for name in ("ppo_rows", *TWO_PASSES):
+        monkeypatch.setattr(module, name, partial(spy, name, getattr(module, name)))
+    return names
+
+
+def inputs(rows=3, cols=4, vocab=300, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(rows, cols, vocab, generator=g)).to(dtype)
+    tokens = torch.randint(vocab, (rows, cols), generator=g)
+    now = pk.logprobs_from_logits(logits, tokens, backend="torch")
+    old, ref = (now + 0.4 * torch.randn(rows, cols, generator=g) for _ in range(2))
+    mask = torch.rand(rows, cols, generator=g) < 0.7
+    mask[0, 0] = True
+    logits[~mask] = torch.nan
+    return logits, tokens, old, ref, torch.randn(rows, generator=g), mask
+
+
+def outcome(logits, tokens, old, ref, advantages, mask, inplace=False, **settings):
+    """All that a policy's loss gives, its gradient last."""
+    leaf = logits.detach().requires_grad_()
+    if settings.get("kl_coef"):
+        settings["ref_logprobs"] = ref
+    out = pk.ppo_loss_from_logits(
+        leaf * 1, tokens, old, advantages, mask, inplace=inplace, backend=BACKEND, **settings
+    )
+    (grad,) = torch.autograd.grad(out.loss, leaf)
+    return [t for t in (out.loss, out.metrics.stats, *out[2:], grad) if t is not None]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"inplace": True},
+        {"entropy": True},
+        EVERYTHING,
+        *({"variant": variant, "kl_coef": 0.1} for variant in ("cispo", "sapo", "gpg")),
+        *({"kl_coef": 0.3, "kl_gradient": gradient} for gradient in ("k1", "abs")),
+    ],
+    ids=str,
+)
+def test_one_kernel_gives_the_bits_of_two(monkeypatch, launched, settings):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        example = inputs(dtype=dtype)
+        del launched[:]
+        got = outcome(*example, **settings)
+        assert launched == ["ppo_rows"]
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda_emulated.module(), "ppo_rows_fit", lambda *row: False)
+            expected = outcome(*example, **settings)
+        assert launched == ["ppo_rows", *TWO_PASSES]
+        same(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ({"rows": 1, "cols": 1}, {}),  # too few for the device
+        ({"rows": 1, "vocab": 60_000}, {}),  # too long for the chip
+        ({"dtype": torch.float64}, {}),
+        ({}, {"variant": "gspo"}),
+    ],
+    ids=str,
+)
+def test_other_rows_take_two_passes(launched, shape, settings):
+    outcome(*inputs(**shape), **settings)
+    assert launched == TWO_PASSES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_longest_rows_that_fit(launched, dtype):
+    """The emulator ends where a block asks for more shared memory than there is."""
+    module, code = cuda_emulated.module(), DTYPE_CODES[dtype]
+    with cuda_emulated.scheduled(shared_bytes=66_000):
+        vocab = max(v for v in range(60_000) if module.ppo_rows_fit(v, code))
+        assert 64_000 < vocab * dtype.itemsize < 66_000
+        longest = outcome(*inputs(1, 2, vocab, dtype), variant="gpg")
+        assert launched == ["ppo_rows"]
+        longer = outcome(*inputs(1, 2, vocab + 1, dtype), variant="gpg")
+        assert launched == ["ppo_rows", *TWO_PASSES]
+    assert longest[-1].any()
+    same(outcome(*inputs(1, 2, vocab + 1, dtype), variant="gpg"), longer)
+
+
+def test_a_bad_label_gives_nan_and_is_noted(monkeypatch):
+    monkeypatch.setattr(_faults, "debug", False)
+    example = inputs()
+    example[-1][1, 2] = True
+    example[0][1, 2] = 0.0
+    example[1][1, 2] = 300
+    loss, *_, grad = outcome(*example)
+    assert loss.isnan()
+    assert grad[1, 2].isnan().all()
+    grad[1, 2] = 0
+    assert not grad.isnan().any()
+    with pytest.raises(ValueError, match=r"tokens: .* at flat position 6"):
+        pk.check()
+
+
+def test_rows_that_nothing_is_asked_of_are_zeros():
+    example = inputs()
+    example[4][0] = 0.0
+    *_, grad = outcome(*example)
+    assert not grad[0].any()
+    assert grad[1:].any()

@@ -130,6 +130,7 @@ WIDE_LOADS = {
     # Two dtypes at once are read one by one.
     "categorical_kl": {r"sum_segments<\w+, false": 4, r"make_gradient<\w+, false": 4},
     "losses": {"pass_over_tokens": 3 * 3 * 2, "scale_tokens": 3},
+    "ppo_rows": {"score_and_differentiate": 4},
     "kl": {"estimate": 2 * 3, "differentiate": 2 * 3, "penalize": 2 * 3},
     "moments": {
         **{"find_moments": 3 * 2, "whiten_tokens": 3, "sum_runs": 3},

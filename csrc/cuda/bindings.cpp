@@ -5,6 +5,15 @@
 
 namespace py = pybind11;
 
+namespace ppok {
+template <>
+struct FieldsOf<PPOK_ISA::PpoRows> {
+  using type = Fields<View, View, View, View, View, View, View, View, View, i64, i64, i64, i64,
+                      double, double, double, i64, double, double, double, double, i64, double,
+                      double, View, View, View>;
+};
+}  // namespace ppok
+
 namespace {
 
 using namespace ppok;
@@ -39,7 +48,9 @@ void def(py::module_& m, const char* name, const char* (*launcher)(const Args&, 
 PYBIND11_MODULE(PPOK_MODULE, m) {
   m.attr("compiler") = PPOK_COMPILER;
   m.attr("architectures") = PPOK_ARCHITECTURES;
+  using namespace PPOK_ISA;
 #define PPOK_DEF(name, Args) \
   def(m, #name, &PPOK_ISA::name, &PPOK_ISA::name##_workspace, FieldsOf<Args>::type{});
   PPOK_CUDA_KERNELS(PPOK_DEF)
+  m.def("ppo_rows_fit", &PPOK_ISA::ppo_rows_fit);
 }

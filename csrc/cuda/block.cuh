@@ -1,5 +1,5 @@
-// Reductions over a warp and a block, in one association whatever the grid: within a warp by
-// halving, then over the warps in order.
+// Reductions over a warp and over groups of threads, of which a block is one or several, in one
+// association whatever the grid: within a warp by halving, then over the warps in order.
 #pragma once
 #include "cuda/device.cuh"
 
@@ -27,29 +27,38 @@ __device__ inline T warp_sum(T x) {
   return x;
 }
 
-// Both give their result to every thread; all of the block's kThreads take part.
-template <int kThreads, class T>
+// The first warp of this thread's group.
+template <int kThreads, int kGroups>
+__device__ inline int first_warp() {
+  return kGroups == 1 ? 0 : static_cast<int>(threadIdx.x) / kThreads * (kThreads / kWarp);
+}
+
+// Both give every thread the result of its group of kThreads, of which there are up to kGroups; all
+// threads of the block take part.
+template <int kThreads, int kGroups = 1, class T>
 __device__ inline T block_max(T x) {
-  PPOK_SHARED(T, of_warp, kThreads / kWarp);
+  PPOK_SHARED(T, of_warp, kGroups * kThreads / kWarp);
   x = warp_max(x);
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = x;
   __syncthreads();
-  for (int warp = 0; warp < kThreads / kWarp; ++warp) x = larger(x, of_warp[warp]);
+  const T* group = of_warp + first_warp<kThreads, kGroups>();
+  for (int warp = 0; warp < kThreads / kWarp; ++warp) x = larger(x, group[warp]);
   __syncthreads();  // before another call writes
   return x;
 }
 
-template <int kThreads, int n, class T>
+template <int kThreads, int kGroups = 1, int n, class T>
 __device__ inline void block_sum(const T (&x)[n], double (&total)[n]) {
-  PPOK_SHARED(T, of_warp, n * kThreads / kWarp);
+  PPOK_SHARED(T, of_warp, n * kGroups * kThreads / kWarp);
   for (int i = 0; i < n; ++i) {
     const T sum = warp_sum(x[i]);
     if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp * n + i] = sum;
   }
   __syncthreads();
+  const T* group = of_warp + n * first_warp<kThreads, kGroups>();
   for (int i = 0; i < n; ++i) {
-    total[i] = of_warp[i];
-    for (int warp = 1; warp < kThreads / kWarp; ++warp) total[i] += of_warp[warp * n + i];
+    total[i] = group[i];
+    for (int warp = 1; warp < kThreads / kWarp; ++warp) total[i] += group[warp * n + i];
   }
   __syncthreads();
 }

@@ -1,4 +1,5 @@
-// The columns of a row of logits, cut into segments, one block each.
+// The columns of a row of logits, cut into segments, each for a group of kThreads threads: a block,
+// or one of several groups in it.
 //
 // Which columns a thread has, and in what order, follows from their number alone, never from where
 // the row begins: where vectors of memory are not vectors of columns, the lanes of a warp make the
@@ -12,6 +13,9 @@ namespace PPOK_ISA {
 
 constexpr int kThreads = 256;
 constexpr int kSteps = 4;  // of a segment
+
+// This thread's number in its group.
+__device__ inline int thread_of_group() { return static_cast<int>(threadIdx.x) % kThreads; }
 
 // What a thread has in flight.
 template <class E, int kVectors>
@@ -50,7 +54,7 @@ __device__ inline Words straddling(const Words& low, const Words& high, int from
 }
 
 // Of a segment of a row, counted from `from` on, which may be less than a vector before the row.
-// A block takes them in steps, in which each thread has kVectors vectors; those of a warp, in all
+// A group takes them in steps, in which each thread has kVectors vectors; those of a warp, in all
 // steps, are neighbours.
 // kAnyDtype: they are not of type E, but read and written as if they were, one by one.
 template <class E, int kVectors, bool kAnyDtype = false>
@@ -94,7 +98,7 @@ struct Columns {
 
   // The first column of this warp in a step, and of this thread's vector v.
   __device__ int of_warp(int step) const {
-    return (static_cast<int>(threadIdx.x) / kWarp * steps + step) * kOfWarp;
+    return (thread_of_group() / kWarp * steps + step) * kOfWarp;
   }
   __device__ int of_thread(int step, int v) const {
     return of_warp(step) + (v * kWarp + static_cast<int>(threadIdx.x) % kWarp) * kLane;

@@ -69,6 +69,7 @@ add_library(kernels_cuda OBJECT
   csrc/cuda/logprob.cu
   csrc/cuda/losses.cu
   csrc/cuda/moments.cu
+  csrc/cuda/ppo_rows.cu
   csrc/cuda/scan.cu)
 pybind11_add_module(_cuda csrc/cuda/bindings.cpp)
 foreach(target kernels_cuda _cuda)

@@ -174,7 +174,19 @@ __device__ inline float log2_approx(float x) {
 #endif
 }
 
-// ---- launch -------------------------------------------------------------------------------------
+// ---- host -------------------------------------------------------------------------------------
+
+// Bytes of shared memory that a block may have on the current device.
+inline int64_t most_shared() {
+#ifdef PPOK_EMULATED
+  return ::emulator::config.shared_bytes;
+#else
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+#endif
+}
 
 // Zeros, on the stream. Returns nullptr or what is wrong, as `launch` does.
 inline const char* clear(void* p, int64_t bytes, void* stream) {

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, kResident<E>) scatter_gradient(const
     return;
   }
   if (!__any_sync(kWholeWarp, found)) g.logprob = 0.;  // -inf, whatever the logits
-  const Gradient<T, kEntropy, KeptBackward> gradient(a, r, g);
+  const Gradient<T, kEntropy> gradient(Scored<T>(a, r.position), scale_of(a, r.temperature), g);
   const Transform<T, kSoftcap> transform(a);
   for_each_id(r, [&](int64_t k, int64_t id) {
     const T raw = a.values.data ? at<T>(a.values, r.begin + k) : read_logit<E>(r, id);

@@ -5,22 +5,18 @@
 // segment's maximum, and a second kernel merges the segments of a row in order, in double. All of
 // that depends on the vocabulary and the dtype alone, so neither the batch nor the alignment of a
 // row nor the grid can change its bits; and few long rows keep as many blocks busy as many.
-#include "cuda/columns.cuh"
 #include "cuda/launchers.h"
-#include "cuda/logprob_parts.cuh"
+#include "cuda/logprob_segment.cuh"
 
 namespace ppok {
 namespace PPOK_ISA {
 namespace {
 
-constexpr int kVectors = 4;  // that a thread has in flight: 64 bytes
 // Blocks that a multiprocessor has registers for, without spills on any architecture.
 template <class E, bool kMany>
 constexpr int kResident = sizeof(E) == 8 ? 2
                           : kMany        ? 3
                                          : 4;
-template <class E>
-using Logits = Columns<E, kVectors>;
 
 // ---- forward ------------------------------------------------------------------------------------
 
@@ -34,17 +30,7 @@ __global__ void __launch_bounds__(kThreads, kResident<E, kSoftcap>)
   const Logits<E> columns(a.logits, r.row, r.col, from, a.vocab);
   const int target = columns.index_of(r.token - from);
   const double gain = scale_of(a, r.temperature) * kLog2E;
-  const Transform<T, kSoftcap> transform(a);
-
-  Running<T, kEntropy> running;
-  const auto add = [&](T(&u)[kLanes<E>], int j, bool whole) {
-#pragma unroll
-    for (int k = 0; k < kLanes<E>; ++k) {
-      u[k] = transform(u[k]);
-      if (!whole && (j + k == target || j + k >= columns.end)) u[k] = -INFINITY;
-    }
-    running.add(u, static_cast<T>(gain));
-  };
+  SegmentSums<E, kEntropy, kSoftcap> segment(a, gain, target, columns.end);
 
   const int last = columns.last;
   Batch<E, kVectors> next;
@@ -59,15 +45,11 @@ __global__ void __launch_bounds__(kThreads, kResident<E, kSoftcap>)
     for (int v = 0; v < kVectors; ++v) {
       const Lanes<E> x = columns.realigned(now, v, next);
       const int j = columns.of_thread(step, v);
-      if (!whole && j >= last) continue;
-      T u[kLanes<E>];
-#pragma unroll
-      for (int k = 0; k < kLanes<E>; ++k) u[k] = widen(x[k]);
-      add(u, j, whole);
+      if (whole || j < last) segment.add(x, j, whole);
     }
   }
-  columns.for_each_part(last, [&](int j, T(&u)[kLanes<E>]) { add(u, j, false); });
-  const RowSums total = running.template of_block<kThreads>(gain);
+  columns.for_each_part(last, [&](int j, T(&u)[kLanes<E>]) { segment.add(u, j, false); });
+  const RowSums total = segment.running.template of_group<kThreads>(gain);
   if (threadIdx.x == 0) sums[blockIdx.x] = total;
 }
 
@@ -115,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, kResident<E, true>)
   if (!asked || r.kind != kLive) return grad.fill(asked ? T(NAN) : T(0));
 
   const Logits<E> logits(a.logits, r.row, r.col, from, a.vocab);
-  const Gradient<T, kEntropy, LogprobBackward> gradient(a, r, g);
+  const Gradient<T, kEntropy> gradient(Scored<T>(a, r.position), scale_of(a, r.temperature), g);
   const Transform<T, kSoftcap> transform(a);
   const auto of = [&](T raw) { return gradient(transform(raw)) * transform.slope(raw); };
   const int target = grad.index_of(r.token - from);

@@ -57,14 +57,14 @@ struct Running {
     }
   }
 
-  // The sums of all threads of the block, or of the warp.
-  template <int kThreads>
-  __device__ RowSums of_block(double gain) const {
-    const T max = block_max<kThreads>(sums.max);
+  // The sums of all threads of the group, or of the warp.
+  template <int kThreads, int kGroups = 1>
+  __device__ RowSums of_group(double gain) const {
+    const T max = block_max<kThreads, kGroups>(sums.max);
     const PartialSums<T> own = against(max, gain);
     const T parts[3] = {own.at_max, own.rest, own.slope};
     double total[3];
-    block_sum<kThreads>(parts, total);
+    block_sum<kThreads, kGroups>(parts, total);
     return {max, total[0], total[1], total[2] * kLn2};
   }
   __device__ RowSums of_warp(double gain) const {
@@ -80,41 +80,56 @@ struct Running {
   }
 };
 
+// A row's results, as they are saved for its gradient.
+template <class T>
+struct Scored {
+  T logprob, max, log_sum, mean;
+  Scored() = default;
+  __device__ explicit Scored(const RowResult& result)
+      : logprob(static_cast<T>(result.logprob)),
+        max(static_cast<T>(result.max)),
+        log_sum(static_cast<T>(result.log_sum)),
+        mean(static_cast<T>(result.mean)) {}
+  template <class Args>
+  __device__ Scored(const Args& a, int64_t i)
+      : logprob(at<T>(a.logprobs, i)),
+        max(at<T>(a.state, 3 * i)),
+        log_sum(at<T>(a.state, 3 * i + 1)),
+        mean(at<T>(a.state, 3 * i + 2)) {}
+};
+
 template <class T, class Args>
 __device__ void write_row(const Args& a, int64_t i, const RowResult& result) {
-  at<T>(a.logprobs, i) = static_cast<T>(result.logprob);
+  const Scored<T> row(result);
+  at<T>(a.logprobs, i) = row.logprob;
   if (a.entropy.data) at<T>(a.entropy, i) = static_cast<T>(result.entropy);
-  at<T>(a.state, 3 * i) = static_cast<T>(result.max);
-  at<T>(a.state, 3 * i + 1) = static_cast<T>(result.log_sum);
-  at<T>(a.state, 3 * i + 2) = static_cast<T>(result.mean);
+  at<T>(a.state, 3 * i) = row.max;
+  at<T>(a.state, 3 * i + 1) = row.log_sum;
+  at<T>(a.state, 3 * i + 2) = row.mean;
 }
 
-// The gradient of one row, without the softcap's factor.
-template <class T, bool kEntropy, class Args>
+// The gradient of one row, without the softcap's factor; c as scale_of gives it.
+template <class T, bool kEntropy>
 struct Gradient {
-  const Args& a;
-  const Row<Args>& r;
+  Scored<T> row;
+  double c;
   Upstream g;
-  T max, gain, log_sum, constant, slope;
+  T gain, log_sum, constant, slope;
 
-  __device__ Gradient(const Args& a, const Row<Args>& r, Upstream g)
-      : a(a), r(r), g(g), max(at<T>(a.state, 3 * r.position)) {
-    const double c = scale_of(a, r.temperature);
-    const GradientPerMass per_mass = gradient_per_mass(c, mean(), g);
+  __device__ Gradient(const Scored<T>& row, double c, Upstream g) : row(row), c(c), g(g) {
+    const GradientPerMass per_mass = gradient_per_mass(c, row.mean, g);
     gain = static_cast<T>(c * kLog2E);
-    log_sum = static_cast<T>(at<T>(a.state, 3 * r.position + 1) * kLog2E);
+    log_sum = static_cast<T>(row.log_sum * kLog2E);
     constant = static_cast<T>(per_mass.constant);
     slope = static_cast<T>(per_mass.slope * kLn2);
   }
   __device__ T operator()(T u) const {
-    const T y = (u - max) * gain, p = power_of_two(y - log_sum);
+    const T y = (u - row.max) * gain, p = power_of_two(y - log_sum);
     constexpr T kNoMass = -2048;  // 0 where p is, not 0 * -inf
     return p * (kEntropy ? fma(slope, larger(y, kNoMass), constant) : constant);
   }
-  __device__ double mean() const { return at<T>(a.state, 3 * r.position + 2); }
   __device__ double of_target(double u) const {
-    const double c = scale_of(a, r.temperature), z = (u - max) * c;
-    return gradient_of_target(at<T>(a.logprobs, r.position), z, c, mean(), g);
+    return gradient_of_target(row.logprob, (u - row.max) * c, c, row.mean, g);
   }
 };
 

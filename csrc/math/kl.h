@@ -97,8 +97,9 @@ struct Chosen {
   static constexpr Estimator value = kEstimator;
 };
 
+PPOK_EITHER
 template <class Body>
-auto with_estimator(int64_t estimator, Body&& body) {
+PPOK_HD auto with_estimator(int64_t estimator, Body&& body) {
   switch (estimator) {
     case kK1:
       return body(Chosen<kK1>());

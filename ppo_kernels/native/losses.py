@@ -29,11 +29,10 @@ def clipped_loss(
         native,
         native.module.clipped_loss,
         (logprobs, old_logprobs, advantages),
-        (advantages.shape != logprobs.shape, variant, low, high,
-         _or_inf(dual), _or_inf(log_ratio_clamp)),
+        (advantages.shape != logprobs.shape, variant, *numbers(low, high, dual, log_ratio_clamp)),
         len(POLICY_STATS),
         *frame,
-    )  # fmt: skip
+    )
 
 
 def value_loss(
@@ -71,6 +70,13 @@ def _scale(native: Native, gradient: Tensor, upstream: Tensor, to: Tensor) -> No
     native.module.scale_gradient(
         rows(gradient.view(-1)), rows(upstream), to.numel(), rows(to.view(-1)), native.target()
     )
+
+
+def numbers(
+    low: float, high: float, dual: float | None, log_ratio_clamp: float | None
+) -> tuple[float, float, float, float]:
+    """What kernels are told of a policy's settings."""
+    return low, high, _or_inf(dual), _or_inf(log_ratio_clamp)
 
 
 def _or_inf(bound: float | None) -> float:
