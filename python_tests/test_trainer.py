@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import ppo_kernels as pk
 from ppo_kernels.trainer import Config, InputError, train
 from ppo_kernels.trainer.cli import parse_config
+from ppo_kernels.trainer.distributed import World
 from ppo_kernels.trainer.experience import Experience, make_experience, score_tokens
 from ppo_kernels.trainer.model import ActorCritic, frozen_copy
 from ppo_kernels.trainer.ppo import KLController, accumulate_gradients
@@ -52,6 +53,9 @@ def config(tmp_path):
         value_lr=5e-3,
         kl_coef=0.01,
         eval_samples=128,
+        tensorboard=False,
+        plots=False,
+        checkpoint_every=0,
     )
 
 
@@ -66,7 +70,9 @@ def log_lines(config):
 
 
 def untimed(lines):
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines
+    ]
 
 
 @pytest.fixture
@@ -84,6 +90,7 @@ def parts(config):
 
 def test_learns_and_leaves_its_files(config):
     pk.reset_op_counts()
+    config = replace(config, tensorboard=True, plots=True, checkpoint_every=20, profile_step=2)
     result = run(config)
     assert result.after.mean > result.before.mean + 0.2
     again = parse_config(["--config", str(result.output_dir / "config.json")], "ppo-kernels train")
@@ -96,8 +103,8 @@ def test_learns_and_leaves_its_files(config):
     assert lines[-1]["kl/per_completion"] > 0.1
     files = {path.name for path in result.output_dir.iterdir()}
     assert files == {
-        *("config.json", "log.jsonl", "tensorboard"),
-        *("reward.png", "samples.md", "summary.json"),
+        *("config.json", "before.json", "log.jsonl", "completions.jsonl", "tensorboard"),
+        *("reward.png", "metrics.png", "samples.md", "summary.json", "checkpoints", "profile.txt"),
         *("policy", "value"),
     }
     assert (result.output_dir / "reward.png").read_bytes().startswith(b"\x89PNG")
@@ -152,8 +159,8 @@ def test_micro_batches_equal_one_batch(parts, config, micro_batch, aggregation):
     _, actor, reference, rollout = parts
     config = replace(config, aggregation=aggregation, entropy_coef=0.1, whiten_advantages=True)
     torch.manual_seed(0)
-    experience, _ = make_experience(
-        actor, reference, rollout, torch.randn(32), kl_coef=0.1, config=config
+    experience = make_experience(
+        actor, reference, rollout, torch.randn(32), kl_coef=0.1, config=config, world=World(config)
     )
     # as if from an older policy, so that some ratios are clipped
     experience = experience._replace(
@@ -163,7 +170,9 @@ def test_micro_batches_equal_one_batch(parts, config, micro_batch, aggregation):
     def step(size):
         actor_copy = copy.deepcopy(actor)
         optimizer = torch.optim.SGD(actor_copy.parameters(), lr=0.1)
-        update = accumulate_gradients(actor_copy, experience, replace(config, micro_batch=size))
+        update = accumulate_gradients(
+            actor_copy, experience, replace(config, micro_batch=size), World(config), True
+        )
         optimizer.step()
         return update, torch.cat([p.detach().flatten() for p in actor_copy.parameters()])
 
@@ -181,10 +190,10 @@ def test_micro_batches_equal_one_batch(parts, config, micro_batch, aggregation):
 def test_ratio_is_one_before_the_first_update(parts, config, temperature):
     _, actor, reference, rollout = parts
     config = replace(config, temperature=temperature)
-    experience, _ = make_experience(
-        actor, reference, rollout, torch.randn(32), kl_coef=0.1, config=config
+    experience = make_experience(
+        actor, reference, rollout, torch.randn(32), kl_coef=0.1, config=config, world=World(config)
     )
-    metrics = accumulate_gradients(actor, experience, config).policy
+    metrics = accumulate_gradients(actor, experience, config, World(config), True).policy
     assert float(metrics.ratio_max) == pytest.approx(1, abs=1e-5)
     assert float(metrics.ratio_min) == pytest.approx(1, abs=1e-5)
 
@@ -316,8 +325,8 @@ def test_missing_eos_penalty(parts, config):
     assert rollout.ended.any()
     assert not rollout.ended.all()
     config = replace(config, missing_eos_penalty=2.0, whiten_advantages=False, lam=1.0)
-    experience, _ = make_experience(
-        actor, reference, rollout, torch.ones(32), kl_coef=0.0, config=config
+    experience = make_experience(
+        actor, reference, rollout, torch.ones(32), kl_coef=0.0, config=config, world=World(config)
     )
     expected = torch.where(rollout.ended, 1.0, -1.0)
     torch.testing.assert_close(experience.returns[:, 0], expected)
@@ -370,7 +379,7 @@ def test_value_gradient_reaches_the_chosen_trunk_only(parts, config):
     torch.nn.init.normal_(separate.value_head.weight, std=0.1)
     length = rollout.response_mask.shape[1]
     for actor, reaches_policy in ((shared, True), (separate, False)):
-        _, values = actor(rollout.sequences, rollout.attention_mask, length)
+        _, values = actor.states_and_values(rollout.sequences, rollout.attention_mask, length)
         values[rollout.response_mask].sum().backward()
         grads = [p.grad for p in actor.policy.parameters()]
         assert any(g is not None and g.abs().sum() > 0 for g in grads) == reaches_policy
@@ -390,7 +399,9 @@ def test_interrupt_keeps_whole_lines_and_no_temporary_files(config):
     with pytest.raises(KeyboardInterrupt):
         run(replace(config, eval_samples=0), reward=interrupting)
     assert len(log_lines(config)) == 3
-    assert set(os.listdir(config.output_dir)) == {"config.json", "log.jsonl", "tensorboard"}
+    assert set(os.listdir(config.output_dir)) == {
+        *("config.json", "log.jsonl", "completions.jsonl")
+    }
 
 
 def test_control_c_on_the_command_line(config, tmp_path):
@@ -422,8 +433,8 @@ def test_control_c_on_the_command_line(config, tmp_path):
 
 def test_experience_rows_selects_every_field(parts, config):
     _, actor, reference, rollout = parts
-    experience, _ = make_experience(
-        actor, reference, rollout, torch.randn(32), kl_coef=0.1, config=config
+    experience = make_experience(
+        actor, reference, rollout, torch.randn(32), kl_coef=0.1, config=config, world=World(config)
     )
     chosen = experience.rows(torch.tensor([5, 2]))
     assert isinstance(chosen, Experience)

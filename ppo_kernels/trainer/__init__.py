@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ppo_kernels.trainer.config import Config, InputError
+from ppo_kernels.trainer.config import Config, InputError, UnstableError
 
 if TYPE_CHECKING:
     from ppo_kernels.trainer.ppo import Result, train
 
-__all__ = ["Config", "InputError", "Result", "train"]
+__all__ = ["Config", "InputError", "Result", "UnstableError", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from ppo_kernels.trainer.config import Config, InputError
+from ppo_kernels.trainer.config import Config, InputError, UnstableError
 
 
 def parse_config(argv: Sequence[str], prog: str, config_file: str | None = None) -> Config:
@@ -24,11 +24,20 @@ def parse_config(argv: Sequence[str], prog: str, config_file: str | None = None)
     parser.add_argument("--config", action="config", help="YAML file of settings")
     parser.add_class_arguments(Config, as_group=False)
     try:
-        values = parser.parse_args(list(argv)).as_dict()
+        values = parser.parse_args(_with_values(argv)).as_dict()
     except ArgumentError as error:
         raise InputError(_one_line(str(error))) from error
     names = {field.name for field in fields(Config)}
     return Config(**{key: value for key, value in values.items() if key in names})
+
+
+def _with_values(argv: Sequence[str]) -> list[str]:
+    """Let a bare `--resume` stand for `--resume=true`, and so for every switch."""
+    switches = {f"--{field.name}" for field in fields(Config) if field.type is bool}
+    return [
+        f"{word}=true" if word in switches and after.startswith("--") else word
+        for word, after in zip(argv, [*argv[1:], "--"], strict=False)
+    ]
 
 
 def _one_line(message: str) -> str:
@@ -67,6 +76,9 @@ def run_command(
     except InputError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
+    except (UnstableError, OSError) as error:
+        print(f"{prog}: stopped: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         where = f"; what was finished is in {config.output_dir}" if config else ""
         print(f"\n{prog}: interrupted{where}", file=sys.stderr)

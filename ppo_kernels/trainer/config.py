@@ -11,6 +11,10 @@ class InputError(ValueError):
     """A setting, file or reward that cannot be used; it says what was given and expected."""
 
 
+class UnstableError(RuntimeError):
+    """A run that stopped itself; it says why, and where its state is."""
+
+
 @dataclass(frozen=True)
 class Config:
     """Settings of `ppo-kernels train`: keys of its YAML file, overridden by `--key value`."""
@@ -26,6 +30,13 @@ class Config:
     separate_value_model: bool = False
     """Give the value function its own copy of the trunk; otherwise it is a linear head on the
     policy's last layer."""
+    lora_rank: int | None = None
+    """Train low-rank adapters of this rank instead of all weights (needs peft); the reference is
+    then the policy without them, which costs no second model."""
+    lora_alpha: float = 16.0
+    """The adapters' output is multiplied by lora_alpha / lora_rank."""
+    lora_targets: list[str] | None = None
+    """Names of the layers that get adapters; every linear layer but the head when not given."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights. Log-probabilities, values and losses are float32 in either case."""
     device: str = "auto"
@@ -45,7 +56,8 @@ class Config:
     """'module:name' or 'file.py:name' of the reward: f(prompts=, completions=, **columns) -> list
     of floats, sync or async."""
     missing_eos_penalty: float = 0.0
-    """Subtracted from the score of a completion that ran into max_new_tokens."""
+    """Subtracted from the score of a completion that ran into max_new_tokens, that is, ended with
+    neither an end-of-sequence token nor a stop string."""
 
     output_dir: str = "runs/ppo"
     """Folder of all that the run writes."""
@@ -57,7 +69,39 @@ class Config:
     """Completions sampled before and after training for the mean rewards and the table; 0 skips
     both."""
     table_rows: int = 6
-    """Rows of the table of samples before and after."""
+    """Rows of the tables of samples."""
+
+    checkpoint_every: int = 50
+    """Steps between checkpoints, from which `resume` goes on; 0 writes none. One is written after
+    the last step, too."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    resume: bool = False
+    """Go on from the newest checkpoint in output_dir, bit for bit as if never interrupted; without
+    one, begin anew. The settings must be those of the checkpoint; more steps are allowed."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """Where a minibatch's loss or gradient is NaN or infinite: stop the run and leave its state in
+    output_dir/failure, or leave that minibatch out. A step whose minibatches are all left out stops
+    the run in either case."""
+    max_kl: float | None = None
+    """Divergence from the reference, in nats per completion, above which the run stops and leaves
+    its state in output_dir/failure; no limit when not given."""
+    max_update_kl: float | None = None
+    """Approximate KL per token (k3) between the policy that sampled and the one of a minibatch,
+    above which the rest of the step's policy updates are left out; no limit when not given."""
+
+    plots: bool = True
+    """Draw reward.png and metrics.png at the end."""
+    tensorboard: bool = True
+    """Write metrics and tables of completions for TensorBoard."""
+    wandb: str | None = None
+    """Project of Weights & Biases to report to; none when not given. WANDB_MODE=offline works."""
+    completions_every: int = 10
+    """Steps between tables of sampled completions in completions.jsonl, TensorBoard and W&B; 0
+    writes none."""
+    profile_step: int | None = None
+    """Step whose time is broken down by operator, in profile.txt, and whose share of this package's
+    ops is reported as time/share_of_ops; that step is slower. None when not given."""
 
     steps: int = 100
     """Rounds of rollout and update."""
@@ -67,12 +111,19 @@ class Config:
     """Longest completion, its end-of-sequence token included."""
     temperature: float = 1.0
     """Of sampling, and of every log-probability."""
+    stop: list[str] | None = None
+    """Strings that end a completion. Their tokens count, but the reward's text ends before them."""
     forbidden_tokens: list[str] | None = None
     """Tokens never sampled; when not given, the tokenizer's special tokens other than the end of a
     sequence."""
 
     epochs: int = 4
     """Passes over each step's rollouts."""
+    value_epochs: int | None = None
+    """Passes of the value function, if more than `epochs`: in those beyond, only the value function
+    learns, and a trunk shared with the policy stays as it is."""
+    critic_warmup: int = 0
+    """Steps at the start in which only the value function learns."""
     minibatch: int = 16
     """Completions per optimizer step."""
     micro_batch: int = 16
@@ -148,6 +199,8 @@ class Config:
             raise _wrong("dual_clip", self.dual_clip, f"none, as {self.variant} has no such bound")
         if self.rollouts % self.minibatch:
             raise _wrong("minibatch", self.minibatch, f"a divisor of rollouts ({self.rollouts})")
+        if self.value_epochs is not None and self.value_epochs < self.epochs:
+            raise _wrong("value_epochs", self.value_epochs, f"at least epochs ({self.epochs})")
 
 
 def _wrong(key: str, given: object, expected: str) -> InputError:
@@ -165,15 +218,17 @@ def _is_real(value: Any) -> bool:
 _LIMITS: dict[str, tuple[set[str], Callable[[Any], bool]]] = {
     "an integer >= 1": (
         {"threads", "max_prompt_tokens", "steps", "rollouts", "max_new_tokens"}
-        | {"epochs", "minibatch", "micro_batch"},
+        | {"epochs", "value_epochs", "minibatch", "micro_batch", "lora_rank", "keep_checkpoints"},
         lambda v: _is_int(v) and v >= 1,
     ),
     "an integer >= 0": (
-        {"seed", "eval_samples", "table_rows"},
+        {"seed", "eval_samples", "table_rows", "checkpoint_every", "critic_warmup"}
+        | {"completions_every", "profile_step"},
         lambda v: _is_int(v) and v >= 0,
     ),
     "a number > 0": (
-        {"temperature", "adam_eps", "max_grad_norm", "value_clip", "kl_target", "kl_horizon"},
+        {"temperature", "adam_eps", "max_grad_norm", "value_clip", "kl_target", "kl_horizon"}
+        | {"lora_alpha", "max_kl", "max_update_kl"},
         lambda v: _is_real(v) and v > 0,
     ),
     "a number > 1": ({"dual_clip"}, lambda v: _is_real(v) and v > 1),
@@ -187,12 +242,17 @@ _LIMITS: dict[str, tuple[set[str], Callable[[Any], bool]]] = {
         lambda v: _is_real(v) and 0 <= v <= 1,
     ),
     "true or false": (
-        {"separate_value_model", "overwrite", "lr_decay", "whiten_advantages"},
+        {"separate_value_model", "overwrite", "lr_decay", "whiten_advantages", "resume"}
+        | {"plots", "tensorboard"},
         lambda v: isinstance(v, bool),
     ),
     "a string": (
         {"model", "model_class", "tokenizer", "device", "prompts", "eval_prompts", "reward"}
-        | {"output_dir"},
+        | {"output_dir", "wandb"},
         lambda v: isinstance(v, str) and v != "",
+    ),
+    "a list of strings": (
+        {"forbidden_tokens", "stop", "lora_targets"},
+        lambda v: isinstance(v, list) and all(isinstance(s, str) and s for s in v),
     ),
 }

@@ -3,17 +3,21 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ppo_kernels as pk
 from ppo_kernels.trainer.config import Config
+from ppo_kernels.trainer.distributed import World
 from ppo_kernels.trainer.model import ActorCritic
 from ppo_kernels.trainer.rollout import Rollout
 from ppo_kernels.trainer.scorer import Scorer
 
 
 class Experience(NamedTuple):
-    """One step's rollouts and all that the update treats as constant, each `[B, ...]`."""
+    """One step's rollouts of all processes, and all that the update treats as constant.
+
+    Each `[B, ...]`.
+    """
 
     sequences: Tensor
     attention_mask: Tensor
@@ -22,6 +26,10 @@ class Experience(NamedTuple):
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    scores: Tensor  # [B], of the reward, without the penalty for a missing end
+    rewards: Tensor  # [B, R], what advantages and returns were made of
+    kl: Tensor  # [B, R], per token
+    ended: Tensor  # [B]
 
     def rows(self, index: Tensor) -> "Experience":
         """Select completions."""
@@ -43,7 +51,7 @@ def score_tokens(
         inputs = rollout.sequences[rows], rollout.attention_mask[rows], length
         tokens = rollout.responses[rows]
         settings = {"mask": rollout.response_mask[rows], "temperature": config.temperature}
-        states, values = actor(*inputs)
+        states, values = actor.states_and_values(*inputs)
         logprobs = actor.scorer.logprobs(states, tokens, **settings)
         ref_logprobs = reference.logprobs(reference.states(*inputs)[0], tokens, **settings)
         parts.append((logprobs, values, ref_logprobs))
@@ -51,28 +59,46 @@ def score_tokens(
     return logprobs, values, ref_logprobs
 
 
+@torch.no_grad()
 def make_experience(
-    actor: ActorCritic,
+    learner: nn.Module,
     reference: Scorer,
     rollout: Rollout,
     scores: Tensor,
     *,
     kl_coef: float,
     config: Config,
-) -> tuple[Experience, Tensor]:
-    """Return per-token advantages and returns with what they belong to, and the per-token KL."""
-    logprobs, values, ref_logprobs = score_tokens(actor, reference, rollout, config)
-    mask = rollout.response_mask
-    scores = scores - config.missing_eos_penalty * ~rollout.ended
+    world: World,
+) -> Experience:
+    """Return per-token advantages and returns of all processes, with what they belong to."""
+    per_token = learner(score_tokens, reference, rollout, config)
+    logprobs, values, ref_logprobs = (world.gather(part) for part in per_token)
+    mask, ended, scores = map(world.gather, (rollout.response_mask, rollout.ended, scores))
+    prompt_length = rollout.sequences.shape[1] - rollout.response_mask.shape[1]
+    sequences, attention_mask = (
+        torch.cat(
+            [
+                world.gather(part[:, :prompt_length], left=True),
+                world.gather(part[:, prompt_length:]),
+            ],
+            dim=1,
+        )
+        for part in (rollout.sequences, rollout.attention_mask)
+    )
     rewards, kl = pk.shape_rewards(
-        scores, logprobs, ref_logprobs, mask, kl_coef=kl_coef, estimator=config.kl_estimator
+        scores - config.missing_eos_penalty * ~ended,
+        logprobs,
+        ref_logprobs,
+        mask,
+        kl_coef=kl_coef,
+        estimator=config.kl_estimator,
     )
     advantages, returns = pk.gae(
         rewards, values, gamma=config.gamma, lam=config.lam, mask=mask, mask_convention="truncate"
     )
     if config.whiten_advantages:
         advantages = pk.whiten(advantages, mask, eps=config.whiten_eps)
-    experience = Experience(
-        rollout.sequences, rollout.attention_mask, mask, logprobs, values, advantages, returns
+    return Experience(
+        *(sequences, attention_mask, mask, logprobs, values, advantages, returns),
+        *(scores, rewards, kl, ended),
     )
-    return experience, kl

@@ -1,8 +1,10 @@
 """The policy, its value function and its frozen reference."""
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ppo_kernels.trainer.config import Config, InputError
 from ppo_kernels.trainer.objects import import_object
 from ppo_kernels.trainer.scorer import Scorer, inputs_of
+
+T = TypeVar("T")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -68,9 +72,55 @@ def check_positions(policy: PreTrainedModel, longest_prompt: int, max_new_tokens
         )
 
 
+def add_adapters(policy: PreTrainedModel, config: Config) -> None:
+    """Freeze the weights and add low-rank adapters, which change nothing yet."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise InputError(
+            f"lora_rank: given {config.lora_rank}, which needs peft: "
+            "pip install 'ppo-kernels[lora]'"
+        ) from error
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=config.lora_targets or "all-linear",
+    )
+    try:
+        policy.add_adapter(settings)
+    except ValueError as error:
+        raise InputError(f"lora_targets: given {config.lora_targets!r}: {error}") from error
+
+
 def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
-    """Return the reference: the policy as it is now, without gradients."""
+    """Return the policy as it is now, without gradients."""
     return cast(PreTrainedModel, copy.deepcopy(policy).eval().requires_grad_(False))
+
+
+class Reference(Scorer):
+    """The policy as it was at the start: a frozen copy, or the policy without its adapters."""
+
+    def __init__(self, policy: PreTrainedModel, forbidden: Tensor) -> None:
+        self.has_adapters = getattr(policy, "_hf_peft_config_loaded", False)
+        super().__init__(policy if self.has_adapters else frozen_copy(policy), forbidden)
+
+    def states(
+        self, sequences: Tensor, attention_mask: Tensor, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """As of a Scorer."""
+        with self._at_the_start():
+            return super().states(sequences, attention_mask, length)
+
+    @contextmanager
+    def _at_the_start(self) -> Iterator[None]:
+        if not self.has_adapters:
+            yield
+            return
+        self.policy.disable_adapters()
+        try:
+            yield
+        finally:
+            self.policy.enable_adapters()
 
 
 class ActorCritic(nn.Module):
@@ -82,6 +132,7 @@ class ActorCritic(nn.Module):
     def __init__(self, policy: PreTrainedModel, forbidden: list[int], separate: bool) -> None:
         super().__init__()
         self.policy = policy
+        self._no_split_modules = getattr(policy, "_no_split_modules", None)  # where to shard
         trunk = cast(PreTrainedModel, policy.base_model)
         self.value_trunk = copy.deepcopy(trunk) if separate else None
         hidden_size = policy.config.get_text_config().hidden_size
@@ -95,13 +146,33 @@ class ActorCritic(nn.Module):
         self.eval()
         self.scorer = Scorer(policy, self.forbidden)
 
-    def forward(
+    def forward(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Return `work(self, *arguments)`.
+
+        All that touches weights runs in here, where a sharded model has its outer ones whole.
+        """
+        return work(self, *arguments)
+
+    def states_and_values(
         self, sequences: Tensor, attention_mask: Tensor, length: int
     ) -> tuple[Tensor, Tensor]:
         """Return the scorer's states and the values, both of the last `length` tokens."""
         states, hidden = self.scorer.states(sequences, attention_mask, length)
         if self.value_trunk is not None:
-            trunk = self.value_trunk
-            outputs = trunk(**inputs_of(trunk, sequences, attention_mask), use_cache=False)
-            hidden = outputs.last_hidden_state[:, -length - 1 : -1]
+            hidden = self._value_hidden(sequences, attention_mask, length)
         return states, self.value_head(hidden.float())[..., 0]
+
+    def values(self, sequences: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        """Return the values alone; no gradient reaches a trunk that is the policy's."""
+        if self.value_trunk is not None:
+            hidden = self._value_hidden(sequences, attention_mask, length)
+        else:
+            with torch.no_grad():
+                _, hidden = self.scorer.states(sequences, attention_mask, length)
+        return self.value_head(hidden.float())[..., 0]
+
+    def _value_hidden(self, sequences: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        assert self.value_trunk is not None
+        inputs = inputs_of(self.value_trunk, sequences, attention_mask)
+        outputs = self.value_trunk(**inputs, use_cache=False)
+        return outputs.last_hidden_state[:, -length - 1 : -1]

@@ -1,41 +1,48 @@
 """The training loop: sample, score, estimate advantages, update; read it from top to bottom."""
 
-import time
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ppo_kernels as pk
+from ppo_kernels.trainer.checkpoint import Checkpoints, Origin, State, restore
 from ppo_kernels.trainer.config import Config, InputError
 from ppo_kernels.trainer.data import Row, check_prompts, load_prompts, shuffled_batches
+from ppo_kernels.trainer.distributed import World
 from ppo_kernels.trainer.evaluate import Samples, evaluate
 from ppo_kernels.trainer.experience import Experience, make_experience
-from ppo_kernels.trainer.logs import RunLog, prepare_output
+from ppo_kernels.trainer.kl import KLController
+from ppo_kernels.trainer.logs import RunLog, Tracker, prepare_output
+from ppo_kernels.trainer.losses import micro_losses
+from ppo_kernels.trainer.measure import (
+    Clock,
+    Update,
+    cost_metrics,
+    profiled,
+    rollout_metrics,
+    update_metrics,
+)
 from ppo_kernels.trainer.model import (
     ActorCritic,
+    Reference,
+    add_adapters,
     check_positions,
-    frozen_copy,
     load_policy,
     load_tokenizer,
     resolve_device,
 )
 from ppo_kernels.trainer.objects import import_object
-from ppo_kernels.trainer.report import (
-    export,
-    plot_rewards,
-    sample_table,
-    write_json,
-    write_text,
-)
+from ppo_kernels.trainer.report import export, read_samples, write_json, write_report
 from ppo_kernels.trainer.rewards import RewardFunction, score
 from ppo_kernels.trainer.rollout import Sampler
-from ppo_kernels.trainer.scorer import Scorer
 
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
@@ -50,14 +57,6 @@ class Result:
     tokens_per_second: float
 
 
-class Update(NamedTuple):
-    """What one minibatch tells about itself."""
-
-    entropy: Tensor
-    policy: pk.PolicyMetrics
-    value: pk.ValueMetrics
-
-
 def train(
     config: Config,
     *,
@@ -66,15 +65,22 @@ def train(
     reward: RewardFunction | None = None,
     prompts: Sequence[Row] | None = None,
     eval_prompts: Sequence[Row] | None = None,
+    trackers: Sequence[Tracker] = (),
 ) -> Result:
     """Run PPO as `config` says; objects given here take the place of what it names.
 
-    A model given here is trained in place.
+    A model given here is trained in place; to resume, give it as it was at the start. Trackers get
+    all metrics and tables, besides those that `config` names.
+
+    Raises:
+        InputError: For settings, files and objects that cannot be used.
+        UnstableError: Where an unstable run is to stop.
     """
+    world = World(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    device = resolve_device(config.device)
+    device = world.device(resolve_device(config.device))
 
     for key, given in (("model", model), ("prompts", prompts), ("reward", reward)):
         if given is None and getattr(config, key) is None:
@@ -93,169 +99,195 @@ def train(
     policy = model or load_policy(config)
     policy.to(device=device, dtype=getattr(torch, config.dtype))  # type: ignore[call-arg]
     check_positions(policy, max(longest, longest_eval), config.max_new_tokens)
-    sampler = Sampler(policy, tokenizer, config)
+    if config.lora_rank is not None:
+        add_adapters(policy, config)
+    sampler = Sampler(policy, tokenizer, config, synced=world.is_sharded)
     actor = ActorCritic(policy, sampler.forbidden, config.separate_value_model)
-    reference = Scorer(frozen_copy(policy), actor.forbidden)
+    reference = Reference(policy, actor.forbidden)
+    origin = Origin.of(policy, prompts)
     head = list(actor.value_head.parameters())
     trunks = [p for name, p in actor.named_parameters() if not name.startswith("value_head")]
-    optimizer = torch.optim.AdamW(
-        [{"params": trunks, "lr": config.lr}, {"params": head, "lr": config.value_lr}],
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-    )
-    total = config.steps * config.epochs * (config.rollouts // config.minibatch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: 1 - done / total if config.lr_decay else 1.0
-    )
-    controller = KLController(config)
-    batches = shuffled_batches(prompts, config.rollouts, config.seed)
+    groups = [{"params": trunks}, {"params": head}]
+    adam = torch.optim.AdamW(groups, eps=config.adam_eps, weight_decay=config.weight_decay)
+    learner, optimizer = world.prepare(actor, adam)
     shuffle = torch.Generator().manual_seed(config.seed)
-    tokens, seconds = 0, 0.0
+    state = State(actor, optimizer, KLController(config), shuffle)
+    if world.size > 1:
+        torch.manual_seed(config.seed + world.rank)  # completions of its own for each process
 
-    folder = prepare_output(config)
-    write_json(folder / "config.json", asdict(config))
-    before = evaluate(sampler, reward, eval_prompts, config)
-    with RunLog(folder, config.steps) as log:
-        for step in range(config.steps):
-            start, lr = time.perf_counter(), float(schedule.get_last_lr()[0])
+    folder = Path(config.output_dir)
+    checkpoints = Checkpoints(folder, origin, config, world)
+    saved = checkpoints.newest() if config.resume else None
+    if world.is_main:
+        prepare_output(config, goes_on=saved is not None)
+        write_json(folder / "config.json", asdict(config))
+    if saved is not None:
+        before = read_samples(folder / "before.json")
+        restore(state, saved, world)
+    else:
+        before = learner(lambda _: evaluate(sampler, reward, eval_prompts, config))
+        if before is not None and world.is_main:
+            write_json(folder / "before.json", before._asdict())
 
-            # Sample completions and score them.
-            rows = next(batches)
-            rollout = sampler([row["prompt"] for row in rows])
-            scores = score(reward, rows, rollout.completions).to(device)
-            sampled = time.perf_counter()
+    first = state.step
+    batches = islice(shuffled_batches(prompts, config.rollouts, config.seed), first, None)
+    with RunLog(folder, config, first, trackers if world.is_main else None) as log:
+        for step in range(first, config.steps):
+            clock = Clock(device)
+            with profiled(folder / "profile.txt", step == config.profile_step) as shares:
+                # Sample completions and score them; each process its part of the step's prompts.
+                rows = next(batches)[world.part(config.rollouts)]
+                rollout = learner(lambda _, texts=[row["prompt"] for row in rows]: sampler(texts))
+                clock.lap("sample")
+                scores = score(reward, rows, rollout.completions).to(device)
+                clock.lap("reward")
 
-            # Log-probabilities, KL-shaped rewards, advantages and returns.
-            experience, kl = make_experience(
-                actor, reference, rollout, scores, kl_coef=controller.coef, config=config
-            )
+                # Log-probabilities, KL-shaped rewards, advantages and returns.
+                kl_coef = state.controller.coef
+                experience = make_experience(
+                    learner, reference, rollout, scores, kl_coef=kl_coef, config=config, world=world
+                )
+                metrics = rollout_metrics(experience, kl_coef)
+                divergence = metrics["kl/per_completion"]
+                if config.max_kl is not None and not divergence <= config.max_kl:
+                    text = f"the KL to the reference is {divergence:.4g} nats per completion"
+                    checkpoints.stop(state, experience, f"{text}, max_kl is {config.max_kl:.4g}")
+                clock.lap("score")
 
-            # Several epochs of minibatches; a minibatch is one optimizer step, in micro-batches
-            # whose losses share the minibatch's denominators.
-            updates: list[Update] = []
-            norms: list[Tensor] = []
-            for _ in range(config.epochs):
-                order = torch.randperm(config.rollouts, generator=shuffle)
-                for index in order.split(config.minibatch):
-                    minibatch = experience.rows(index.to(device))
-                    update = accumulate_gradients(actor, minibatch, config)
-                    if step == 0 and not updates:
-                        check_ratio(update.policy, policy.dtype)
-                    norm = clip_grad_norm_(
-                        actor.parameters(), config.max_grad_norm, error_if_nonfinite=True
-                    )
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    schedule.step()
-                    updates.append(update)
-                    norms.append(norm)
+                learned = update_weights(learner, experience, state, checkpoints, config, world)
+                clock.lap("update")
 
-            # Report the step.
-            new_tokens = int(rollout.response_mask.sum())
-            elapsed = time.perf_counter() - start
-            tokens, seconds = tokens + new_tokens, seconds + elapsed
-            divergence = float(pk.masked_sum(kl, rollout.response_mask)) / config.rollouts
-            log.write(
+            # Report the step, and keep what a later run needs to go on from here.
+            new_tokens = int(experience.mask.sum())
+            log.metrics(
                 step,
-                {
-                    "reward/mean": float(scores.mean()),
-                    "reward/std": float(scores.std(unbiased=False)),
-                    "kl/per_completion": divergence,
-                    "kl/coef": controller.coef,
-                    "completion/tokens": new_tokens / config.rollouts,
-                    "completion/ended": float(rollout.ended.float().mean()),
-                    "entropy": float(torch.stack([update.entropy for update in updates]).mean()),
-                    "grad_norm": float(torch.stack(norms).mean()),
-                    "lr": lr,
-                    "ratio_first/max": float(updates[0].policy.ratio_max),
-                    "ratio_first/min": float(updates[0].policy.ratio_min),
-                    **floats("policy", pk.reduce_metrics([u.policy for u in updates])),
-                    **floats("value", pk.reduce_metrics([u.value for u in updates])),
-                    "time/sample": sampled - start,
-                    "time/update": elapsed - (sampled - start),
-                    "time/tokens_per_second": new_tokens / elapsed,
-                },
+                metrics
+                | update_metrics(learned.updates, learned.norms)
+                | {"skipped": float(learned.skipped), "lr": config.lr * decay(config, step)}
+                | cost_metrics(clock, new_tokens)
+                | shares,
             )
-            controller.update(divergence)
+            if config.completions_every and step % config.completions_every == 0:
+                texts = zip(rows, rollout.completions, scores.tolist(), strict=True)
+                table = [{"prompt": r["prompt"], "completion": c, "score": s} for r, c, s in texts]
+                log.table(step, table[: config.table_rows])
+            state.controller.update(divergence)
+            state.step, state.tokens = step + 1, state.tokens + new_tokens
+            state.seconds += clock.total
+            is_due = config.checkpoint_every and state.step % config.checkpoint_every == 0
+            if is_due or (config.checkpoint_every and state.step == config.steps):
+                checkpoints.save(state)
 
-    after = evaluate(sampler, reward, eval_prompts, config)
-    export(actor, tokenizer, folder)
-    plot_rewards(log.history, folder / "reward.png")
-    if before is not None and after is not None:
-        table = sample_table(before, after, config.table_rows, markdown=True)
-        write_text(
-            folder / "samples.md",
-            f"Mean reward of {len(before.scores)} samples: {before.mean:.3f} before, "
-            f"{after.mean:.3f} after.\n\n{table}\n",
-        )
-    result = Result(folder, before, after, tokens / seconds)
-    write_json(folder / "summary.json", summary(result))
+    after = learner(lambda _: evaluate(sampler, reward, eval_prompts, config))
+    export(actor, tokenizer, folder, world)
+    result = Result(folder, before, after, state.tokens / state.seconds)
+    if world.is_main:
+        write_report(folder, log.history, before, after, config)
+        write_json(folder / "summary.json", summary(result))
+    world.wait()
     return result
 
 
-def accumulate_gradients(actor: ActorCritic, minibatch: Experience, config: Config) -> Update:
+class Learned(NamedTuple):
+    """What the minibatches of a step tell about themselves."""
+
+    updates: list[Update]
+    norms: list[Tensor]
+    skipped: int
+
+
+def update_weights(
+    learner: nn.Module,
+    experience: Experience,
+    state: State,
+    checkpoints: Checkpoints,
+    config: Config,
+    world: World,
+) -> Learned:
+    """Go over the experience for several epochs; a minibatch is one optimizer step."""
+    learned = Learned([], [], 0)
+    policy_learns = state.step >= config.critic_warmup
+    epochs = max(config.epochs, config.value_epochs or 0)
+    for epoch in range(epochs):
+        policy_learns = policy_learns and epoch < config.epochs
+        order = torch.randperm(config.rollouts, generator=state.shuffle).split(config.minibatch)
+        for i, index in enumerate(order):
+            factor = decay(config, state.step, epoch * len(order) + i, epochs * len(order))
+            for group, lr in zip(
+                state.optimizer.param_groups, (config.lr, config.value_lr), strict=True
+            ):
+                group["lr"] = lr * factor
+            minibatch = experience.rows(index.to(experience.mask.device))
+            update = accumulate_gradients(learner, minibatch, config, world, policy_learns)
+            norm = world.clip_grad_norm(state.model, config.max_grad_norm)
+            loss = float(update.loss)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                if config.nonfinite == "stop":
+                    where = f"epoch {epoch}, minibatch {i}"
+                    text = f"{where}: the loss is {loss:.4g}, its gradient's norm {norm:.4g}"
+                    checkpoints.stop(state, minibatch, text)
+                learned = learned._replace(skipped=learned.skipped + 1)
+            elif update.policy is not None and is_too_far(update.policy, config):
+                policy_learns = False
+                learned = learned._replace(skipped=learned.skipped + 1)
+            else:
+                if state.step == config.critic_warmup and not learned.updates:
+                    check_ratio(update.policy, getattr(torch, config.dtype))
+                state.optimizer.step()
+                learned.updates.append(update)
+                learned.norms.append(norm)
+            state.optimizer.zero_grad()
+    if not learned.updates:
+        checkpoints.stop(state, experience, "every minibatch was left out")
+    if not math.isfinite(get_total_norm([p.detach() for p in state.model.parameters()])):
+        checkpoints.stop(state, experience, "the weights are no longer finite")
+    return learned
+
+
+def decay(config: Config, step: int, update: int = 0, updates: int = 1) -> float:
+    """Return the factor of the learning rates at an update of a step."""
+    done, total = step * updates + update, config.steps * updates
+    return 1 - done / total if config.lr_decay else 1.0
+
+
+def accumulate_gradients(
+    learner: nn.Module, minibatch: Experience, config: Config, world: World, with_policy: bool
+) -> Update:
     """Add the gradient of a minibatch's loss, one micro-batch at a time."""
-    total, length = minibatch.mask.shape
-    tokens = minibatch.mask.sum()
-    denominators: dict[str, float | Tensor] = {"token-mean": tokens, "token-sum": 1}
-    entropy = torch.zeros((), device=tokens.device)
+    tokens = minibatch.mask.sum().clamp(min=1)
+    part = torch.arange(len(minibatch.mask), device=tokens.device)[world.part(len(minibatch.mask))]
+    micro_batches = part.split(config.micro_batch)
+    totals = torch.zeros(2, device=tokens.device)  # the loss and the entropy
     policy_metrics, value_metrics = [], []
-    for index in torch.arange(total, device=tokens.device).split(config.micro_batch):
+    for i, index in enumerate(micro_batches):
         micro = minibatch.rows(index)
-        states, values = actor(micro.sequences, micro.attention_mask, length)
-        policy = actor.scorer.loss(
-            states,
-            micro.sequences[:, -length:],
-            micro.logprobs,
-            micro.advantages,
-            micro.mask,
-            temperature=config.temperature,
-            variant=config.variant,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
-            aggregation=config.aggregation,
-            denominator=denominators.get(config.aggregation, total),
-            norm_length=config.max_new_tokens if config.aggregation == "seq-sum-norm" else None,
-            entropy=True,
-            entropy_coef=config.entropy_coef,
-        )
-        value = pk.value_loss(
-            values,
-            micro.values,
-            micro.returns,
-            micro.mask,
-            clip=config.value_clip,
-            denominator=tokens,
-        )
-        (policy.loss + config.value_coef * value.loss).backward()
-        assert policy.entropies is not None
-        entropy += pk.masked_sum(policy.entropies, micro.mask) / tokens
-        policy_metrics.append(policy.metrics)
-        value_metrics.append(value.metrics)
-    return Update(entropy, pk.reduce_metrics(policy_metrics), pk.reduce_metrics(value_metrics))
+        with world.accumulating(learner, last=i == len(micro_batches) - 1):
+            losses = learner(micro_losses, micro, minibatch.mask, config, with_policy)
+            world.backward(losses.total)
+        totals[0] += losses.total.detach()
+        value_metrics.append(losses.value.metrics)
+        if losses.policy is not None:
+            assert losses.policy.entropies is not None
+            totals[1] += pk.masked_sum(losses.policy.entropies, micro.mask) / tokens
+            policy_metrics.append(losses.policy.metrics)
+    loss, entropy = world.sum(totals)
+    return Update(
+        loss,
+        entropy if with_policy else None,
+        pk.reduce_metrics(policy_metrics, world.group) if with_policy else None,
+        pk.reduce_metrics(value_metrics, world.group),
+    )
 
 
-class KLController:
-    """The weight of the KL penalty, fixed or under proportional control in log space.
-
-    Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2, with the gain written as
-    completions / horizon, as in the authors' code.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self.coef, self.target = config.kl_coef, config.kl_target
-        self.gain = config.rollouts / config.kl_horizon
-
-    def update(self, divergence: float) -> None:
-        """Move the weight so that the divergence, in nats per completion, nears the target."""
-        if self.target is not None:
-            error = min(max(divergence / self.target - 1, -0.2), 0.2)
-            self.coef *= 1 + self.gain * error
+def is_too_far(metrics: pk.PolicyMetrics, config: Config) -> bool:
+    """Whether the policy has left the one that sampled by more than the settings allow."""
+    return config.max_update_kl is not None and float(metrics.kl_k3) > config.max_update_kl
 
 
-def check_ratio(metrics: pk.PolicyMetrics, dtype: torch.dtype) -> None:
+def check_ratio(metrics: pk.PolicyMetrics | None, dtype: torch.dtype) -> None:
     """Raise unless the ratio of the policy to itself is 1 up to rounding."""
+    if metrics is None:
+        return
     low, high = float(metrics.ratio_min), float(metrics.ratio_max)
     tolerance = RATIO_TOLERANCE[dtype]
     if not (1 - tolerance <= low and high <= 1 + tolerance):
@@ -263,11 +295,6 @@ def check_ratio(metrics: pk.PolicyMetrics, dtype: torch.dtype) -> None:
             f"the first minibatch's ratios lie in [{low}, {high}], expected 1 within {tolerance}: "
             "the model is not deterministic, or padding or the rest of a batch change its outputs"
         )
-
-
-def floats(prefix: str, metrics: pk.PolicyMetrics | pk.ValueMetrics) -> dict[str, float]:
-    """Return metrics as numbers under a prefix."""
-    return {f"{prefix}/{key}": float(value) for key, value in metrics.as_dict().items()}
 
 
 def summary(result: Result) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """What a run leaves behind: the reward curve, the samples before and after, the exported policy."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from tabulate import tabulate
 from transformers import PreTrainedTokenizerBase
 
 from ppo_kernels._files import atomic_file, atomic_folder
+from ppo_kernels.trainer.config import Config
+from ppo_kernels.trainer.distributed import World, whole
 from ppo_kernels.trainer.evaluate import Samples
 from ppo_kernels.trainer.model import ActorCritic
 
@@ -34,6 +37,38 @@ def plot_rewards(history: Sequence[Mapping[str, float]], path: Path) -> None:
         axes.grid(alpha=0.3)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+CURVES = {
+    "reward": ("reward/mean", "reward/total"),
+    "KL to reference (nats per completion)": ("kl/per_completion",),
+    "entropy (nats per token)": ("entropy",),
+    "KL of the updates (k3)": ("policy/kl_k3",),
+    "share of tokens clipped": ("policy/clip_fraction", "value/clip_fraction"),
+    "effective sample size": ("policy/ess",),
+    "value loss": ("value/loss",),
+    "explained variance": ("value/explained_variance",),
+    "gradient norm": ("grad_norm", "grad_norm/max"),
+    "tokens per completion": ("completion/tokens",),
+    "share of completions that ended": ("completion/ended",),
+    "tokens per second": ("time/tokens_per_second",),
+}
+
+
+def plot_metrics(history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw the main metrics over the steps."""
+    figure = Figure(figsize=(12, 10), layout="constrained")
+    steps = [row["step"] for row in history]
+    for axes, (title, names) in zip(figure.subplots(4, 3).flat, CURVES.items(), strict=True):
+        for name in names:
+            axes.plot(steps, [row.get(name, math.nan) for row in history], label=name)
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend(fontsize=8)
+    figure.supxlabel("step")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def sample_table(before: Samples, after: Samples, rows: int, markdown: bool) -> str:
@@ -73,12 +108,52 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def export(model: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save policy and tokenizer for `from_pretrained`, and the value function beside them."""
+def write_report(
+    folder: Path,
+    history: Sequence[Mapping[str, float]],
+    before: Samples | None,
+    after: Samples | None,
+    config: Config,
+) -> None:
+    """Write the plots, and the samples side by side."""
+    if config.plots:
+        plot_rewards(history, folder / "reward.png")
+        plot_metrics(history, folder / "metrics.png")
+    if before is not None and after is not None:
+        table = sample_table(before, after, config.table_rows, markdown=True)
+        write_text(
+            folder / "samples.md",
+            f"Mean reward of {len(before.scores)} samples: {before.mean:.3f} before, "
+            f"{after.mean:.3f} after.\n\n{table}\n",
+        )
+
+
+def read_samples(path: Path) -> Samples | None:
+    """Read samples that a run wrote; None if it took none."""
+    return Samples(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def export(
+    model: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World
+) -> None:
+    """Save policy and tokenizer for `from_pretrained`, and the value function beside them.
+
+    Of a policy with adapters, only these.
+    """
+    # None is what save_pretrained takes for the model's own
+    states = [
+        {name: whole(value) for name, value in part.state_dict().items()}
+        if part is not None and world.is_sharded
+        else None
+        for part in (model.policy, model.value_trunk)
+    ]
+    head = {name: whole(value) for name, value in model.value_head.state_dict().items()}
+    if not world.is_main:
+        return
     with atomic_folder(folder / "policy") as temporary:
-        model.policy.save_pretrained(temporary)
+        model.policy.save_pretrained(temporary, state_dict=states[0])
         tokenizer.save_pretrained(temporary)
     with atomic_folder(folder / "value") as temporary:
-        save_file(model.value_head.state_dict(), temporary / "head.safetensors")
+        save_file(head, temporary / "head.safetensors")
         if model.value_trunk is not None:
-            model.value_trunk.save_pretrained(temporary / "trunk")
+            model.value_trunk.save_pretrained(temporary / "trunk", state_dict=states[1])

@@ -1,0 +1,132 @@
+"""The processes of a run: one, or those that `accelerate launch` started."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
+from torch.nn.utils import clip_grad_norm_
+
+from ppo_kernels.trainer.config import Config, InputError
+
+
+class World:
+    """What the processes share. A single process needs no accelerate, and every method is simple.
+
+    Every process samples its part of a step's prompts; all of them then hold all experience, and
+    of every minibatch each learns from its part. So losses have the denominators of the whole
+    minibatch, and one process and several make the same updates of the same rollouts.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.rank, self.size, self.accelerator = 0, 1, None
+        self.group: dist.ProcessGroup | None = None
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        only_values = (config.critic_warmup, config.value_epochs or 0, config.max_update_kl or 0)
+        kwargs = DistributedDataParallelKwargs(
+            broadcast_buffers=False, find_unused_parameters=any(only_values)
+        )
+        self.accelerator = Accelerator(cpu=config.device == "cpu", kwargs_handlers=[kwargs])
+        self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
+        self.group = dist.group.WORLD
+        for key in ("rollouts", "minibatch"):
+            if getattr(config, key) % self.size:
+                raise InputError(
+                    f"{key}: given {getattr(config, key)}, "
+                    f"expected a multiple of the processes ({self.size})"
+                )
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process holds all weights."""
+        kind = self.accelerator.distributed_type.value if self.accelerator else "NO"
+        return kind in ("FSDP", "DEEPSPEED")
+
+    def device(self, given: torch.device) -> torch.device:
+        """Return this process's device."""
+        return self.accelerator.device if self.accelerator else given
+
+    def part(self, count: int) -> slice:
+        """Return which of `count` rows are this process's."""
+        own = count // self.size
+        return slice(self.rank * own, (self.rank + 1) * own)
+
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Wrap the model and optimizer as the launcher's configuration says."""
+        if self.accelerator is None:
+            return model, optimizer
+        return self.accelerator.prepare(model, optimizer)
+
+    @contextmanager
+    def accumulating(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Within this, gradients are exchanged only in the last backward pass of a minibatch."""
+        if self.accelerator is None or last:
+            yield
+        else:
+            with self.accelerator.no_sync(model):
+                yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this process's part of a gradient; gradients are averaged, so it is multiplied."""
+        if self.accelerator is None:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss * self.size)
+
+    def clip_grad_norm(self, model: nn.Module, largest: float) -> Tensor:
+        """Clip the gradient of all processes' shards; return its norm before."""
+        norm = clip_grad_norm_(model.parameters(), largest)
+        return whole(norm)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Add up the processes' values."""
+        if self.group is not None:
+            dist.all_reduce(value, group=self.group)
+        return value
+
+    def gather(self, rows: Tensor, left: bool = False) -> Tensor:
+        """Return the rows `[B, ...]` of all processes; `[B, T]` is padded with 0 to the longest."""
+        if self.group is None:
+            return rows
+        if rows.dim() > 1:
+            longest = torch.tensor(rows.shape[1], device=rows.device)
+            dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=self.group)
+            missing = int(longest) - rows.shape[1]
+            rows = pad(rows, (missing, 0) if left else (0, missing))
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(parts, rows.contiguous(), group=self.group)
+        return torch.cat(parts)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return every process's value."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
+
+def whole(value: Tensor) -> Tensor:
+    """Gather a sharded tensor; all processes take part."""
+    value = value.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
