@@ -31,9 +31,7 @@ class World:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         only_values = (config.critic_warmup, config.value_epochs or 0, config.max_update_kl or 0)
-        kwargs = DistributedDataParallelKwargs(
-            broadcast_buffers=False, find_unused_parameters=any(only_values)
-        )
+        kwargs = DistributedDataParallelKwargs(find_unused_parameters=any(only_values))
         self.accelerator = Accelerator(cpu=config.device == "cpu", kwargs_handlers=[kwargs])
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
         self.group = dist.group.WORLD

@@ -1,11 +1,11 @@
 """The training loop: sample, score, estimate advantages, update; read it from top to bottom."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ from ppo_kernels.trainer.report import export, read_samples, write_json, write_r
 from ppo_kernels.trainer.rewards import RewardFunction, score
 from ppo_kernels.trainer.rollout import Sampler
 
+T = TypeVar("T")
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
@@ -125,7 +126,7 @@ def train(
         before = read_samples(folder / "before.json")
         restore(state, saved, world)
     else:
-        before = learner(lambda _: evaluate(sampler, reward, eval_prompts, config))
+        before = infer(learner, evaluate, sampler, reward, eval_prompts, config)
         if before is not None and world.is_main:
             write_json(folder / "before.json", before._asdict())
 
@@ -137,7 +138,7 @@ def train(
             with profiled(folder / "profile.txt", step == config.profile_step) as shares:
                 # Sample completions and score them; each process its part of the step's prompts.
                 rows = next(batches)[world.part(config.rollouts)]
-                rollout = learner(lambda _, texts=[row["prompt"] for row in rows]: sampler(texts))
+                rollout = infer(learner, sampler, [row["prompt"] for row in rows])
                 clock.lap("sample")
                 scores = score(reward, rows, rollout.completions).to(device)
                 clock.lap("reward")
@@ -178,7 +179,7 @@ def train(
             if is_due or (config.checkpoint_every and state.step == config.steps):
                 checkpoints.save(state)
 
-    after = learner(lambda _: evaluate(sampler, reward, eval_prompts, config))
+    after = infer(learner, evaluate, sampler, reward, eval_prompts, config)
     export(actor, tokenizer, folder, world)
     result = Result(folder, before, after, state.tokens / state.seconds)
     if world.is_main:
@@ -186,6 +187,12 @@ def train(
         write_json(folder / "summary.json", summary(result))
     world.wait()
     return result
+
+
+@torch.no_grad()
+def infer(learner: nn.Module, work: Callable[..., T], *arguments: Any) -> T:
+    """Return `work(*arguments)`, which needs the weights, but no gradient."""
+    return learner(lambda _: work(*arguments))
 
 
 class Learned(NamedTuple):

@@ -1,0 +1,136 @@
+"""Several processes on one machine that train the tiny model: `trainer_ranks.py FOLDER`."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import trainer_tiny as tiny
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from ppo_kernels.trainer import Config, ppo
+from ppo_kernels.trainer.distributed import World
+from ppo_kernels.trainer.rollout import Rollout, Sampler, response_mask
+
+SETTINGS = {
+    "device": "cpu", "threads": 1, "steps": 3, "rollouts": 16, "minibatch": 8, "micro_batch": 2,
+    "epochs": 2, "max_new_tokens": 8, "lr": 3e-3, "value_lr": 3e-3, "eval_samples": 0,
+    "tensorboard": False, "plots": False, "checkpoint_every": 2, "keep_checkpoints": 3,
+    "entropy_coef": 0.01, "missing_eos_penalty": 0.2, "critic_warmup": 1, "kl_coef": 0.1,
+}  # fmt: skip
+
+
+class FixedSampler(Sampler):
+    """Completions that depend on their prompts alone: whoever samples them, they are the same."""
+
+    def __call__(self, prompts):
+        batch = self.tokenizer(list(prompts), padding=True, return_tensors="pt")
+        rows = []
+        for prompt in prompts:
+            generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+            length = int(torch.randint(1, 9, (), generator=generator))
+            tokens = torch.randint(4, 16, (length,), generator=generator)
+            if length < 8:
+                tokens[-1] = self.eos_ids[0]
+            rows.append(tokens)
+        longest = max(len(tokens) for tokens in rows)
+        responses = torch.full((len(rows), longest), self.pad_id)
+        for row, tokens in zip(responses, rows, strict=True):
+            row[: len(tokens)] = tokens
+        mask, ended = response_mask(responses, self.eos_ids)
+        mask &= responses != self.pad_id
+        texts = [self.tokenizer.decode(t, skip_special_tokens=True) for t in rows]
+        attention = torch.cat([batch["attention_mask"], mask.long()], dim=1)
+        sequences = torch.cat([batch["input_ids"], responses], dim=1)
+        return Rollout(sequences, attention, mask, ended, texts)
+
+
+def train(folder, sampler=FixedSampler, **settings):
+    """Train with fixed completions, or with those of another sampler."""
+    original, ppo.Sampler = ppo.Sampler, sampler
+    try:
+        return ppo.train(
+            replace(Config(output_dir=str(folder), **SETTINGS), **settings),
+            model=tiny.model(),
+            tokenizer=tiny.tokenizer(),
+            reward=tiny.reward,
+            prompts=tiny.PROMPTS,
+        )
+    finally:
+        ppo.Sampler = original
+
+
+def launch(folder, count=2):
+    """Run this file in `count` processes; raise unless all succeed."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+
+
+def main(folder):
+    """Under DDP and FSDP2: train, again from a checkpoint, and with completions of its own."""
+    folder = Path(folder)
+    is_main = os.environ["RANK"] == "0"
+    kinds, prepare = [], World.prepare
+    for kind in ("ddp", "fsdp"):
+        if kind == "fsdp":  # accelerate shards on GPUs only
+            prepare, World.is_sharded = shard, True
+
+        def recording(self, model, optimizer, prepare=prepare):
+            prepared, optimizer = prepare(self, model, optimizer)
+            head = type(model.policy.get_output_embeddings().weight)
+            kinds.append([type(prepared).__name__, head.__name__])
+            return prepared, optimizer
+
+        World.prepare = recording
+        train(folder / kind)
+        if is_main:
+            again = folder / f"{kind}-again"
+            shutil.copytree(folder / kind, again)
+            shutil.rmtree(again / "checkpoints" / "step-000003")
+            (again / "summary.json").unlink()
+        torch.distributed.barrier()
+        train(folder / f"{kind}-again", resume=True)
+        train(folder / f"{kind}-sampled", sampler=Sampler, steps=1, eval_samples=4, critic_warmup=0)
+    if is_main:
+        (folder / "kinds.json").write_text(json.dumps(kinds))
+
+
+def shard(world, model, optimizer):
+    """Shard block by block, and the rest with the whole, as accelerate does."""
+    mesh = init_device_mesh("cpu", (world.size,))
+    numbers = {p: i for i, p in enumerate(model.parameters())}
+    groups = [[numbers[p] for p in group["params"]] for group in optimizer.param_groups]
+    for block in model.policy.base_model.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    sharded = list(model.parameters())
+    for group, members in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [sharded[i] for i in members]
+    return model, optimizer
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
