@@ -3,7 +3,9 @@
 import asyncio
 import inspect
 import json
+import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +94,39 @@ def test_every_setting_is_checked_and_explained(capsys):
     text = "".join(capsys.readouterr().out.split())
     for line in inspect.getsource(Config).split('"""')[1::2]:
         assert "".join(line.split()) in text or line.startswith("Settings")
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize("file", sorted((EXAMPLES / "ppo").glob("*.yaml")), ids=lambda f: f.stem)
+def test_examples_are_valid(file):
+    config = parse("--config", str(file))
+    assert config != Config()
+    assert all(line[0] != " " for line in file.read_text().splitlines() if line)
+
+
+def test_examples_for_accelerate_are_valid():
+    config_args = pytest.importorskip("accelerate.commands.config.config_args")
+    files = sorted((EXAMPLES / "accelerate").glob("*.yaml"))
+    kinds = [config_args.load_config_from_file(str(f)).distributed_type.value for f in files]
+    assert kinds == ["MULTI_GPU", "FSDP", "MULTI_GPU"]
+
+
+@pytest.mark.parametrize("argv", [["--resume"], ["--resume", "--steps", "3"], ["--resume", "true"]])
+def test_bare_switches(argv):
+    assert parse(*argv).resume
+
+
+def test_what_the_documentation_names_exists():
+    """Every word in code style that could be a setting is one."""
+    text = Path(__file__).parents[1].joinpath("docs", "trainer.md").read_text()
+    named = {word for word in re.findall(r"`([a-z_]+)`", text) if "_" in word}
+    known = {field.name for field in fields(Config)}
+    others = {"clipped_loss", "value_loss", "from_pretrained", "load_adapter", "fully_shard"}
+    metrics = {"per_completion", "per_token", "kl_k1", "kl_k3", "clip_fraction", "ratio_max"}
+    metrics |= {"explained_variance", "grad_norm", "share_of_ops"}
+    assert named <= known | others | metrics
 
 
 def test_broken_and_missing_files(tmp_path, capsys):

@@ -35,6 +35,13 @@ class World:
         self.accelerator = Accelerator(cpu=config.device == "cpu", kwargs_handlers=[kwargs])
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
         self.group = dist.group.WORLD
+        if self.accelerator.distributed_type.value == "DEEPSPEED":
+            raise InputError("DeepSpeed updates weights on its own terms; expected DDP or FSDP2")
+        if self.accelerator.mixed_precision != "no":
+            given = self.accelerator.mixed_precision
+            raise InputError(f"mixed_precision: given {given!r}, expected 'no'; dtype is a setting")
+        if self.is_sharded and config.dtype != "float32":
+            raise InputError(f"dtype: given {config.dtype!r}, expected float32, as FSDP2 shards")
         for key in ("rollouts", "minibatch"):
             if getattr(config, key) % self.size:
                 raise InputError(
@@ -50,8 +57,7 @@ class World:
     @property
     def is_sharded(self) -> bool:
         """Whether no process holds all weights."""
-        kind = self.accelerator.distributed_type.value if self.accelerator else "NO"
-        return kind in ("FSDP", "DEEPSPEED")
+        return self.accelerator is not None and self.accelerator.is_fsdp2
 
     def device(self, given: torch.device) -> torch.device:
         """Return this process's device."""
