@@ -5,44 +5,52 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from ppo_kernels.trainer.config import Config, InputError, UnstableError
 
+C = TypeVar("C")
 
-def parse_config(argv: Sequence[str], prog: str, config_file: str | None = None) -> Config:
+
+def parse_config(
+    argv: Sequence[str],
+    prog: str,
+    config_file: str | None = None,
+    kind: type[C] = Config,  # type: ignore[assignment]
+) -> C:
     """Return the settings of `--config FILE [--key value ...]`; raise InputError with one line."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
-        description="Train a causal language model with PPO.",
+        description=kind.__doc__,
         default_config_files=[config_file] if config_file else [],
         exit_on_error=False,
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of settings")
-    parser.add_class_arguments(Config, as_group=False)
+    parser.add_class_arguments(kind, as_group=False)
     try:
-        values = parser.parse_args(_with_values(argv)).as_dict()
+        values = parser.parse_args(_with_values(argv, kind)).as_dict()
     except ArgumentError as error:
-        raise InputError(_one_line(str(error))) from error
-    names = {field.name for field in fields(Config)}
-    return Config(**{key: value for key, value in values.items() if key in names})
+        raise InputError(_one_line(str(error), kind)) from error
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{key: value for key, value in values.items() if key in names})
 
 
-def _with_values(argv: Sequence[str]) -> list[str]:
+def _with_values(argv: Sequence[str], kind: Any) -> list[str]:
     """Let a bare `--resume` stand for `--resume=true`, and so for every switch."""
-    switches = {f"--{field.name}" for field in fields(Config) if field.type is bool}
+    switches = {f"--{field.name}" for field in fields(kind) if field.type is bool}
     return [
         f"{word}=true" if word in switches and after.startswith("--") else word
         for word, after in zip(argv, [*argv[1:], "--"], strict=False)
     ]
 
 
-def _one_line(message: str) -> str:
+def _one_line(message: str, kind: Any) -> str:
     """Say in one line what jsonargparse says in several: key, given, expected."""
-    types = {field.name: _type_name(field.type) for field in fields(Config)}
+    types = {field.name: _type_name(field.type) for field in fields(kind)}
     key = re.search(r'Parser key "(\w+)"', message)
     given = re.search(r"(?:Got|Given) value: (.*)", message)
     if key and given and key[1] in types:
@@ -65,13 +73,14 @@ def _type_name(kind: object) -> str:
 def run_command(
     prog: str,
     argv: Sequence[str] | None,
-    work: Callable[[Config], None],
+    work: Callable[[Any], None],
     config_file: str | None = None,
+    kind: type = Config,
 ) -> int:
     """Call `work` with the parsed settings; mistakes and Ctrl-C end in one line and a status."""
-    config = None
+    config: Any = None
     try:
-        config = parse_config(sys.argv[1:] if argv is None else argv, prog, config_file)
+        config = parse_config(sys.argv[1:] if argv is None else argv, prog, config_file, kind)
         work(config)
     except InputError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)

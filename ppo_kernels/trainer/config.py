@@ -1,7 +1,7 @@
 """Every setting of a training run, with its meaning, default and allowed range."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -52,9 +52,11 @@ class Config:
     given."""
     max_prompt_tokens: int = 512
     """Longer prompts are refused, never cut."""
-    reward: str | None = None
-    """'module:name' or 'file.py:name' of the reward: f(prompts=, completions=, **columns) -> list
-    of floats, sync or async."""
+    reward: dict[str, float] | str | None = None
+    """'module:name' or 'file.py:name' of a callable, f(prompts=, completions=, **columns) -> list
+    of floats, sync or async; the folder of a sequence-classification model; or a rule,
+    'regex:PATTERN', 'length:LEAST-MOST' (words) or 'exact:COLUMN'. Several with their weights:
+    {reward: weight, ...}."""
     missing_eos_penalty: float = 0.0
     """Subtracted from the score of a completion that ran into max_new_tokens, that is, ended with
     neither an end-of-sequence token nor a stop string."""
@@ -185,22 +187,30 @@ class Config:
     """Per-token estimator of the divergence."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None and type(None) in get_args(field.type):
-                continue
-            choices = get_args(field.type) if "Literal" in str(field.type) else ()
-            if choices and value not in choices:
-                raise _wrong(field.name, value, f"one of {', '.join(choices)}")
-            for expected, (names, holds) in _LIMITS.items():
-                if field.name in names and not holds(value):
-                    raise _wrong(field.name, value, expected)
+        check_settings(self)
         if self.dual_clip is not None and self.variant not in ("clip", "gspo"):
             raise _wrong("dual_clip", self.dual_clip, f"none, as {self.variant} has no such bound")
         if self.rollouts % self.minibatch:
             raise _wrong("minibatch", self.minibatch, f"a divisor of rollouts ({self.rollouts})")
         if self.value_epochs is not None and self.value_epochs < self.epochs:
             raise _wrong("value_epochs", self.value_epochs, f"at least epochs ({self.epochs})")
+
+
+Limits = Mapping[str, tuple[set[str], Callable[[Any], bool]]]
+
+
+def check_settings(config: Any, limits: Limits | None = None) -> None:
+    """Raise InputError for a field that does not hold what its type and the limits allow."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value is None and type(None) in get_args(field.type):
+            continue
+        choices = get_args(field.type) if "Literal" in str(field.type) else ()
+        if choices and value not in choices:
+            raise _wrong(field.name, value, f"one of {', '.join(choices)}")
+        for expected, (names, holds) in (*_LIMITS.items(), *(limits or {}).items()):
+            if field.name in names and not holds(value):
+                raise _wrong(field.name, value, expected)
 
 
 def _wrong(key: str, given: object, expected: str) -> InputError:
@@ -215,7 +225,16 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-_LIMITS: dict[str, tuple[set[str], Callable[[Any], bool]]] = {
+def _is_reward(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(
+            isinstance(name, str) and name != "" and _is_real(weight)
+            for name, weight in value.items()
+        )
+    return isinstance(value, str) and value != ""
+
+
+_LIMITS: Limits = {
     "an integer >= 1": (
         {"threads", "max_prompt_tokens", "steps", "rollouts", "max_new_tokens"}
         | {"epochs", "value_epochs", "minibatch", "micro_batch", "lora_rank", "keep_checkpoints"},
@@ -247,10 +266,11 @@ _LIMITS: dict[str, tuple[set[str], Callable[[Any], bool]]] = {
         lambda v: isinstance(v, bool),
     ),
     "a string": (
-        {"model", "model_class", "tokenizer", "device", "prompts", "eval_prompts", "reward"}
+        {"model", "model_class", "tokenizer", "device", "prompts", "eval_prompts"}
         | {"output_dir", "wandb"},
         lambda v: isinstance(v, str) and v != "",
     ),
+    "a reward, or rewards with their weights": ({"reward"}, _is_reward),
     "a list of strings": (
         {"forbidden_tokens", "stop", "lora_targets"},
         lambda v: isinstance(v, list) and all(isinstance(s, str) and s for s in v),

@@ -15,7 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import ppo_kernels as pk
 from ppo_kernels.trainer.checkpoint import Checkpoints, Origin, State, restore
 from ppo_kernels.trainer.config import Config, InputError
-from ppo_kernels.trainer.data import Row, check_prompts, load_prompts, shuffled_batches
+from ppo_kernels.trainer.data import (
+    Row,
+    check_prompts,
+    load_prompts,
+    render_prompts,
+    shuffled_batches,
+)
 from ppo_kernels.trainer.distributed import World
 from ppo_kernels.trainer.evaluate import Samples, evaluate
 from ppo_kernels.trainer.experience import Experience, make_experience
@@ -39,9 +45,8 @@ from ppo_kernels.trainer.model import (
     load_tokenizer,
     resolve_device,
 )
-from ppo_kernels.trainer.objects import import_object
 from ppo_kernels.trainer.report import export, read_samples, write_json, write_report
-from ppo_kernels.trainer.rewards import RewardFunction, score
+from ppo_kernels.trainer.rewards import RewardFunction, load_reward, score
 from ppo_kernels.trainer.rollout import Sampler
 
 T = TypeVar("T")
@@ -89,13 +94,15 @@ def train(
     tokenizer = tokenizer or load_tokenizer(config)
     if prompts is None:
         prompts = load_prompts(str(config.prompts))
+    prompts = render_prompts(prompts, tokenizer)
     longest = check_prompts(prompts, tokenizer, config.max_prompt_tokens)
     if eval_prompts is None:
         eval_prompts = prompts
         if config.eval_prompts is not None:
             eval_prompts = load_prompts(config.eval_prompts, "eval_prompts")
+    eval_prompts = render_prompts(eval_prompts, tokenizer, "eval_prompts")
     longest_eval = check_prompts(eval_prompts, tokenizer, config.max_prompt_tokens, "eval_prompts")
-    reward = reward or import_object(str(config.reward), "reward")
+    reward = reward or load_reward(config.reward or "", device)
 
     policy = model or load_policy(config)
     policy.to(device=device, dtype=getattr(torch, config.dtype))  # type: ignore[call-arg]
