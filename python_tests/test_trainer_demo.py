@@ -20,6 +20,8 @@ import ppo_kernels as pk
 from ppo_kernels.trainer import InputError, demo
 from ppo_kernels.trainer.demo import data, language_model, run
 from ppo_kernels.trainer.demo.reward import vader
+from ppo_kernels.trainer.fine_tuning import encode
+from ppo_kernels.trainer.small import word_tokenizer
 
 GOOD = ["good", "great", "wonderful", "lovely", "superb"]
 BAD = ["bad", "awful", "boring", "dreadful", "terrible"]
@@ -102,19 +104,18 @@ def test_a_failed_download_says_why_and_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_words_and_their_way_back(tiny_recipe):
+def test_words_and_their_way_back():
     texts = ["It isn't bad, it's good!", "Good movie; BAD plot (really)."]
-    tokenizer = language_model.build_tokenizer(texts * 2, tiny_recipe)
+    tokenizer = word_tokenizer(texts * 2, 40)
     ids = tokenizer(texts[0])["input_ids"]
     words = tokenizer.convert_ids_to_tokens(ids)
     assert words == ["<bos>", "it", "isn't", "bad", ",", "it's", "good", "!"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "it isn't bad, it's good!"
-    rows = language_model.encode(tokenizer, texts, 11)
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    assert rows.shape == (2, 11)
-    assert rows[0].tolist() == [*ids, eos, pad, pad]
-    assert rows[1, 10] == eos
-    assert language_model.encode(tokenizer, texts, 4)[0].tolist() == ids[:4]
+    rows = [{"text": text} for text in texts]
+    first, second = encode(rows, tokenizer, 11, "texts")
+    assert first.tokens == [*ids, tokenizer.eos_token_id]
+    assert second.tokens[10] == tokenizer.eos_token_id
+    assert encode(rows, tokenizer, 4, "texts")[0].tokens == ids[:4]
 
 
 def test_vader_scores_the_whole_text():
