@@ -1,4 +1,5 @@
 # make demo    PPO on real text, start to finish, from nothing but python3 and a C++ compiler
+# make rlhf    from human ratings to an evaluated policy: language model, reward model, PPO, report
 # make test    every test; the Triton kernels on the CPU, in Triton's interpreter
 # make verify-all   every Triton launch and every CUDA source compiled for every GPU it is tested for;
 #              races in the emulated CUDA kernels
@@ -17,10 +18,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell git ls-files csrc python_tests 2>/dev/null | grep -E '[.](h|cpp|cuh|cu)$$')
 
-.PHONY: demo bench test verify-all gpu-check test-sanitize test-floor lint format docs clean
+.PHONY: demo rlhf bench test verify-all gpu-check test-sanitize test-floor lint format docs clean
 
 demo: .venv/installed
 	$(BIN)/ppo-kernels demo
+
+rlhf: .venv/installed
+	$(BIN)/ppo-kernels rlhf $(ARGS)
 
 bench: .venv/installed
 	$(BIN)/ppo-kernels bench --threads 1,$$(nproc) $(ARGS)

@@ -17,7 +17,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in (
         ("bench", "time every function against torch and others: [OP ...] [--sizes ...] ..."),
         ("train", "PPO from a configuration file: --config FILE [--key value ...]"),
+        ("sft", "train or fine-tune a language model: --data FILE [--key value ...]"),
+        ("reward", "reward model from preferences or ratings: --data FILE --model FOLDER ..."),
+        ("eval", "rewards, KL, perplexity, variety of a policy: --model FOLDER --prompts FILE ..."),
+        ("generate", "completions of prompts: --model FOLDER --prompts FILE ..."),
         ("demo", "PPO on real text, start to finish"),
+        ("rlhf", "from human ratings to an evaluated policy, on real data, start to finish"),
     ):
         commands.add_parser(name, help=text, add_help=False)
     arguments, rest = parser.parse_known_args(argv)
@@ -37,8 +42,12 @@ def _trainer(command: str, rest: Sequence[str]) -> int:
     try:
         if command == "train":
             from .trainer.cli import main as run
-        else:
+        elif command == "demo":
             from .trainer.demo import main as run
+        else:
+            from .trainer import commands
+
+            run = getattr(commands, f"main_{command}")
     except ModuleNotFoundError as error:
         print(
             f"ppo-kernels {command}: {error.name} is not installed; "
