@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 
+from transformers.utils import logging
+
 from ppo_kernels.trainer.cli import run_command
 from ppo_kernels.trainer.evaluation import EvalConfig, evaluate_policy
 from ppo_kernels.trainer.fine_tuning import SFTConfig, sft
 from ppo_kernels.trainer.generation import GenerateConfig, as_lines, generate
 from ppo_kernels.trainer.reward import RewardConfig, train_reward
 from ppo_kernels.trainer.rlhf.run import RLHFConfig, run
+
+logging.disable_progress_bar()  # of loading weights; the steps have their own
 
 
 def main_sft(argv: Sequence[str] | None = None) -> int:

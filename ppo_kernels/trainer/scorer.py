@@ -104,6 +104,7 @@ class Scorer:
             return "its cap on the logits would give forbidden tokens a probability"
         inputs = {"input_ids": torch.arange(min(8, self.head.out_features))[None]}
         inputs["input_ids"] = inputs["input_ids"].to(self.head.weight.device)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         hidden = self._last_hidden(inputs)
         if hidden.dtype != self.head.weight.dtype:
             return f"it has {hidden.dtype} states and {self.head.weight.dtype} output embeddings"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging
 
 from ppo_kernels.trainer.cli import parse_config
 from ppo_kernels.trainer.config import Config, InputError, check_settings
@@ -56,7 +55,6 @@ class RLHFConfig:
 def run(config: RLHFConfig) -> Path:
     """Run the chain in a folder that is cleared before, all but its data; return the report."""
     start = time.perf_counter()
-    logging.disable_progress_bar()
     folder = Path(config.output_dir)
     arguments = _settings(config, folder)
     sft_config = parse_config(arguments["sft"], "sft", kind=SFTConfig)
