@@ -11,7 +11,7 @@ pytest.importorskip("jsonargparse")
 import trainer_tiny as tiny
 from transformers import GPT2ForSequenceClassification
 
-from ppo_kernels.trainer import Config, InputError, Weighted, train
+from ppo_kernels.trainer import Config, InputError, Weighted, experience, train
 from ppo_kernels.trainer.cli import parse_config
 from ppo_kernels.trainer.data import load_rows, render_conversation, render_prompts
 from ppo_kernels.trainer.reward_model import ModelReward
@@ -223,6 +223,39 @@ def test_folders_that_are_no_reward_model(tmp_path):
         load_reward(str(tmp_path / "rm"), CPU)
 
 
+def one_step(tmp_path, **settings):
+    small = {"steps": 1, "rollouts": 4, "minibatch": 4, "epochs": 1, "max_new_tokens": 4}
+    small |= {"eval_samples": 0, "threads": 1, "output_dir": str(tmp_path)}
+    return Config(**small | settings)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_scores_are_clipped_and_rewards_whitened(tmp_path, monkeypatch, whiten):
+    seen = {}
+    gae = experience.pk.gae
+
+    def spy(rewards, values, **settings):
+        seen.update(rewards=rewards, mask=settings["mask"].bool())
+        return gae(rewards, values, **settings)
+
+    monkeypatch.setattr(experience.pk, "gae", spy)
+    config = one_step(tmp_path, score_clip=2.0, whiten_rewards=whiten, kl_coef=0.0, whiten_eps=0.0)
+    scores = [-7.0, 1.0, 0.5, 30.0]
+    train(
+        config,
+        model=tiny.model(),
+        tokenizer=tiny.tokenizer(),
+        prompts=tiny.PROMPTS,
+        reward=lambda completions: scores,
+    )
+    live = seen["rewards"][seen["mask"]]
+    if whiten:
+        assert float(live.std(unbiased=False)) == pytest.approx(1, rel=0.1)
+    else:  # on the last token of each
+        assert live[live != 0].tolist() == [-2, 1, 0.5, 2]
+    assert float(live.mean()) == pytest.approx(1.5 / len(live), rel=1e-4)
+
+
 def test_conversations_and_weighted_rewards_in_training(tmp_path):
     seen = []
 
@@ -230,20 +263,10 @@ def test_conversations_and_weighted_rewards_in_training(tmp_path):
         seen.append((prompts[0], messages[0], answer[0]))
         return [0.0] * len(completions)
 
-    config = Config(
-        output_dir=str(tmp_path),
-        steps=1,
-        rollouts=4,
-        minibatch=4,
-        epochs=1,
-        max_new_tokens=4,
-        eval_samples=0,
-        threads=1,
-    )
     tokenizer = chat_tokenizer()
     prompts = [{"prompt": [{"role": "user", "content": "w1"}], "answer": 7}]
     train(
-        config,
+        one_step(tmp_path),
         model=tiny.model(vocab_size=len(tokenizer)),
         tokenizer=tokenizer,
         prompts=prompts,

@@ -164,6 +164,12 @@ class Config:
     value_clip: float | None = 0.2
     """Range in which new values may leave the old ones, in units of the reward; 'null' turns it
     off."""
+    score_clip: float | None = None
+    """Scores are clipped to at most this far from 0, before the penalty for a missing end; 'null'
+    turns it off."""
+    whiten_rewards: bool = False
+    """Scale the per-token rewards of a step's rollouts, KL penalty included, to variance 1 about
+    their mean, which stays."""
     gamma: float = 1.0
     """Discount of the rewards."""
     lam: float = 0.95
@@ -235,6 +241,7 @@ def _is_reward(value: Any) -> bool:
 
 
 _LIMITS: Limits = {
+    "a positive number": ({"score_clip"}, lambda v: _is_real(v) and v > 0),
     "an integer >= 1": (
         {"threads", "max_prompt_tokens", "steps", "rollouts", "max_new_tokens"}
         | {"epochs", "value_epochs", "minibatch", "micro_batch", "lora_rank", "keep_checkpoints"},
@@ -261,8 +268,8 @@ _LIMITS: Limits = {
         lambda v: _is_real(v) and 0 <= v <= 1,
     ),
     "true or false": (
-        {"separate_value_model", "overwrite", "lr_decay", "whiten_advantages", "resume"}
-        | {"plots", "tensorboard"},
+        {"separate_value_model", "overwrite", "lr_decay", "whiten_rewards", "whiten_advantages"}
+        | {"resume", "plots", "tensorboard"},
         lambda v: isinstance(v, bool),
     ),
     "a string": (

@@ -1,5 +1,6 @@
 """From rollouts to what the update learns from: log-probabilities, advantages, returns."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -85,14 +86,17 @@ def make_experience(
         )
         for part in (rollout.sequences, rollout.attention_mask)
     )
+    bound = math.inf if config.score_clip is None else config.score_clip
     rewards, kl = pk.shape_rewards(
-        scores - config.missing_eos_penalty * ~ended,
+        scores.clamp(-bound, bound) - config.missing_eos_penalty * ~ended,
         logprobs,
         ref_logprobs,
         mask,
         kl_coef=kl_coef,
         estimator=config.kl_estimator,
     )
+    if config.whiten_rewards:
+        rewards = pk.whiten(rewards, mask, shift_mean=False, eps=config.whiten_eps)
     advantages, returns = pk.gae(
         rewards, values, gamma=config.gamma, lam=config.lam, mask=mask, mask_convention="truncate"
     )
