@@ -133,6 +133,11 @@ def test_no_text_or_prompt_is_on_both_sides(rows):
     for seed in range(5):
         training, held_out = split_feedback(feedback, 0.3, seed)
         assert not overlap(training, held_out)
+        sides = [
+            {(prompt or text).casefold() for prompt, text in zip(*side[:2], strict=True)}
+            for side in (training, held_out)
+        ]
+        assert not sides[0] & sides[1]
         assert len(training.groups) + len(held_out.groups) == len(feedback.groups)
         assert 0.2 <= len(held_out.groups) / len(feedback.groups) <= 0.3
         if feedback.is_pairs:
