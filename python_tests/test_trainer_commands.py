@@ -224,6 +224,13 @@ def test_generate(tmp_path, capsys):
     assert [one.row for one in found] == tiny.PROMPTS
 
 
+def test_completions_end_before_stop_strings(tmp_path):
+    config = GenerateConfig(max_new_tokens=12, samples_per_prompt=4, stop=["w3", "w4 w"])
+    found = generate(config, model=tiny.model(), tokenizer=tiny.tokenizer(), prompts=tiny.PROMPTS)
+    assert not any("w3" in one.completion or "w4 w" in one.completion for one in found)
+    assert any(one.ended for one in found)
+
+
 @pytest.fixture
 def evaluated(tmp_path):
     pytest.importorskip("rouge_score")
@@ -347,7 +354,7 @@ def test_missing_packages_are_named(monkeypatch):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_setting_is_checked_and_explained(kind, capsys):
     for field in fields(kind):
-        if field.name != "forbidden_tokens":
+        if field.type != (list[str] | None):
             with pytest.raises(InputError, match=f"^{field.name}: given"):
                 kind(**{field.name: object()})
     with pytest.raises(SystemExit):

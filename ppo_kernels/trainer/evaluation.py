@@ -82,6 +82,8 @@ class EvalConfig:
     """Longest completion, its end-of-sequence token included."""
     temperature: float = 1.0
     """Of sampling, and of the log-probabilities in the divergence."""
+    stop: list[str] | None = None
+    """Strings that end a completion; its text ends before them."""
     forbidden_tokens: list[str] | None = None
     """Tokens never sampled; when not given, the tokenizer's special tokens other than the end of a
     sequence."""

@@ -51,6 +51,8 @@ class GenerateConfig:
     """Longest completion, its end-of-sequence token included."""
     temperature: float = 1.0
     """Of sampling."""
+    stop: list[str] | None = None
+    """Strings that end a completion; its text ends before them."""
     forbidden_tokens: list[str] | None = None
     """Tokens never sampled; when not given, the tokenizer's special tokens other than the end of a
     sequence."""
@@ -136,6 +138,7 @@ def policy_source(config: Any) -> Config:
         tokenizer=config.tokenizer,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
+        stop=config.stop,
         forbidden_tokens=config.forbidden_tokens,
     )
 
