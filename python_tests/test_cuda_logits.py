@@ -286,6 +286,7 @@ def outcome(logits, tokens, old, ref, advantages, mask, inplace=False, **setting
         {"inplace": True},
         {"entropy": True},
         EVERYTHING,
+        {"inplace": True, **EVERYTHING},
         *({"variant": variant, "kl_coef": 0.1} for variant in ("cispo", "sapo", "gpg")),
         *({"kl_coef": 0.3, "kl_gradient": gradient} for gradient in ("k1", "abs")),
     ],
