@@ -8,6 +8,7 @@
 # make lint    ruff, clang-format, mypy
 # make test-sanitize   the op tests on C++ and emulated CUDA kernels built with AddressSanitizer and UBSan
 # make test-floor      the op tests on the oldest torch and Python supported (a download of gigabytes)
+# make test-integrations   our functions against those of TRL, verl, OpenRLHF, torchrl and Stable-Baselines3
 # make docs    regenerate the tables that come from the code
 #
 # All of them work in .venv, made on first use. PYTHON chooses the interpreter, TORCH what pip installs as torch.
@@ -18,7 +19,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell git ls-files csrc python_tests 2>/dev/null | grep -E '[.](h|cpp|cuh|cu)$$')
 
-.PHONY: demo rlhf bench test verify-all gpu-check test-sanitize test-floor lint format docs clean
+.PHONY: demo rlhf bench test verify-all gpu-check test-sanitize test-floor test-integrations lint format docs clean
 
 demo: .venv/installed
 	$(BIN)/ppo-kernels demo
@@ -67,6 +68,18 @@ test-floor:
 	build/floor/bin/python -m pip install -q torch==2.6.0 numpy pytest hypothesis
 	build/floor/bin/python -m pip install -q --no-deps .
 	cd build/floor && bin/python -m pytest -p no:cacheprovider $(addprefix ../../,$(OP_TESTS))
+
+# The hosts without what they require, and what importing them takes, in an environment on top of .venv.
+HOSTS := trl==1.16.0 verl==0.9.1 openrlhf==0.11.2 torchrl==0.14.1 stable-baselines3==2.9.2
+HOSTS_NEED := accelerate datasets "tensordict>=0.14.3,<0.15" ray hydra-core codetiming dill gymnasium==1.4.0 pandas rich
+test-integrations: .venv/installed
+	$(BIN)/python -m venv --without-pip build/integrations
+	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
+		> "$$(build/integrations/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(PIP) --python build/integrations/bin/python install -q --no-deps $(HOSTS)
+	$(PIP) --python build/integrations/bin/python install -q -c constraints.txt $(HOSTS_NEED)
+	OMP_WAIT_POLICY=passive build/integrations/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+		-p no:cacheprovider python_tests/integrations
 
 lint: .venv/installed
 	$(BIN)/ruff check .

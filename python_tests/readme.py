@@ -1,4 +1,4 @@
-"""Generated parts of README.md and docs/variants.md: between <!-- NAME --> and <!-- /NAME -->."""
+"""Generated parts of README.md and pages of docs: between <!-- NAME --> and <!-- /NAME -->."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from pathlib import Path
 from ppo_kernels import info
 from ppo_kernels._op import BACKENDS, OPS
 from ppo_kernels.bench import results, summary
+from ppo_kernels.integrations import openrlhf, torchrl, trl, verl
 from ppo_kernels.ops._policy import VARIANTS
 from ppo_kernels.ops.importance import CORRECTIONS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs/variants.md")
+DROP_IN = ROOT / "docs/drop_in.md"
+PAGES = (README, ROOT / "docs/variants.md", DROP_IN)
 
 
 def generated(page: Path) -> dict[str, str]:
     if page == README:
         return {"op table": info.markdown(info.backend_table()), "speed table": speed()}
+    if page == DROP_IN:
+        return {"replaced": replaced()}
     return {"variants": variants(), "corrections": corrections()}
 
 
@@ -45,6 +49,19 @@ def variants() -> str:
 def corrections() -> str:
     rows = [[f"`{name}`", c.formula, c.paper] for name, c in CORRECTIONS.items()]
     return info.markdown([["kind", "weight", "source"], *rows])
+
+
+def replaced() -> str:
+    """What `patch()` puts where, for every host."""
+    parts = []
+    for host in (trl.HOST, verl.HOST, openrlhf.HOST, torchrl.HOST):
+        rows = [[f"{host.package} {', '.join(host.versions)}", "ours", "what changes"]]
+        for r in host.replacements:
+            module, _, name = r.target.partition(":")
+            calls = ", ".join(f"`{c}`" for c in r.calls.split(", "))
+            rows.append([f"`{module.removeprefix(host.package + '.')}.{name}`", calls, r.changes])
+        parts.append(info.markdown(rows))
+    return "\n\n".join(parts)
 
 
 def rendered(page: Path) -> str:
