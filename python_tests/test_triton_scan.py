@@ -5,6 +5,7 @@ Runs where the backend does: on a GPU, or interpreted with TRITON_INTERPRET=1.
 
 import pytest
 import torch
+from device import INTERPRETED
 
 import ppo_kernels as pk
 from ppo_kernels import _faults
@@ -129,7 +130,7 @@ def test_bits_do_not_depend_on_the_place(convention):
     alone = example([n], seed=3, flag_rate=0.01) | {"lam": torch.tensor([0.9]).double()}
     upstream = [torch.sin(torch.arange(n).double() * k) for k in (1, 2)]
     expected = results(alone, convention, upstream=upstream) + targets(alone, convention)
-    for before in (*range(1, 34, 4), 100):
+    for before in (*range(1, 34, 8 if INTERPRETED else 4), 100):
         others = example([before, 20], seed=before)
         packed = {
             k: torch.cat([x[:before], alone[k], x[before:]])

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from device import seeded
+from device import INTERPRETED, seeded
 from hypothesis import given, settings
 from loss_oracle import (
     BACKENDS,
@@ -176,7 +176,7 @@ def test_the_loss_is_proportional_to_the_advantages(name, variant):
 
 @pytest.mark.parametrize("variant", [*OF_TOKENS, *OF_SEQUENCES])
 @EXECUTORS
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=3 if INTERPRETED else 10, deadline=None)
 @given(batch=batches())
 def test_padding_packing_and_micro_batches_are_one_batch(name, variant, batch):
     for aggregation in ("token-mean", "seq-mean-token-mean"):
@@ -308,9 +308,10 @@ def test_at_least_one_token_is_picked_if_there_are_any(variant, backend):
 @BACKENDS
 def test_fused_losses_take_variants(backend, packed, variant):
     g = seeded(0)
-    shape, offsets = (5, 120), None
+    steps = 20 if INTERPRETED else 120
+    shape, offsets, first = (5, steps), None, 2 * steps + 10
     if packed:
-        shape, offsets = (600,), torch.tensor([0, 250, 250, 251, 600])
+        shape, offsets = (5 * steps,), torch.tensor([0, first, first, first + 1, 5 * steps])
     hidden = torch.randn(*shape, 6, generator=g)
     weight = torch.randn(11, 6, generator=g)
     labels = torch.randint(11, shape, generator=g)
