@@ -49,7 +49,8 @@ gpu-check:
 
 OP_TESTS := $(shell ls python_tests/test_*.py | grep -vE 'package|trainer|cartpole|bench|triton|vectorised|gpu_check|test_gpu[.]|test_cuda')
 
-# A second environment on top of .venv, whose ppo_kernels is the sanitized build. Leaks are Python's own affair.
+# A second environment on top of .venv, whose ppo_kernels is the sanitized build, for what runs code of it. Leaks are
+# Python's own affair.
 test-sanitize: .venv/installed
 	$(BIN)/python -m venv --without-pip build/sanitize
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
@@ -58,7 +59,7 @@ test-sanitize: .venv/installed
 		-C cmake.define.PPO_KERNELS_SANITIZE=ON -C cmake.build-type=Debug -C build-dir=build/sanitize/cmake
 	cd build/sanitize && PPO_KERNELS_SANITIZED=1 ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		bin/python -m pytest $(PROCESSES) -p no:cacheprovider -k "not compile and not opcheck" \
+		bin/python -m pytest $(PROCESSES) -p no:cacheprovider -k "not compile and not opcheck and not torch" \
 		$(addprefix ../../,$(OP_TESTS))
 	$(BIN)/python python_tests/cuda_sanitized.py address,undefined
 
