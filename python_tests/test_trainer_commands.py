@@ -342,7 +342,7 @@ def test_distinct_n_rouge_and_bleu():
 def test_missing_packages_are_named(monkeypatch):
     modules = __import__("sys").modules
     monkeypatch.setitem(modules, "rouge_score.rouge_scorer", None)
-    monkeypatch.setitem(modules, "sacrebleu.metrics", None)
+    monkeypatch.setitem(modules, "sacrebleu.metrics.bleu", None)
     for function, name in ((rouge, "rouge-score"), (bleu, "sacrebleu")):
         with pytest.raises(InputError, match=rf"needs {name}; .*pip install 'ppo-kernels\[eval\]'"):
             function(["a"], ["b"])

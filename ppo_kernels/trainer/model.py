@@ -81,13 +81,13 @@ def add_adapters(policy: PreTrainedModel, config: Config) -> None:
             f"lora_rank: given {config.lora_rank}, which needs peft: "
             "pip install 'ppo-kernels[lora]'"
         ) from error
-    settings = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        target_modules=config.lora_targets or "all-linear",
-    )
+    settings: dict[str, Any] = {  # peft takes any number for alpha, whatever its types say
+        "r": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": config.lora_targets or "all-linear",
+    }
     try:
-        policy.add_adapter(settings)
+        policy.add_adapter(LoraConfig(**settings))
     except ValueError as error:
         raise InputError(f"lora_targets: given {config.lora_targets!r}: {error}") from error
 

@@ -52,7 +52,7 @@ def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, Mean]:
 def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
     """Corpus BLEU, 0 to 100, by the package sacrebleu."""
     try:
-        from sacrebleu.metrics import BLEU
+        from sacrebleu.metrics.bleu import BLEU
     except ModuleNotFoundError as error:
         raise _not_installed("sacrebleu") from error
     return float(BLEU().corpus_score(list(texts), [list(references)]).score)
