@@ -147,6 +147,7 @@ def test_rows_say_what_ran_where(tmp_path, monkeypatch):
     assert timed[SUM[0], "ppo_kernels"].device in text
 
 
+# The fault is planted in a compiled kernel.
 @pytest.mark.skipif(cpu.UNAVAILABLE is not None, reason="no compiled module")
 @pytest.mark.parametrize("fault", ["value", "shape"])
 def test_a_wrong_kernel_is_reported_and_not_timed(tmp_path, monkeypatch, capsys, fault):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from typing import Any, NoReturn, Protocol
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ppo_kernels._files import remove
 from ppo_kernels.trainer.config import Config, InputError
 
 WRITTEN = (
@@ -52,11 +52,7 @@ def prepare_output(config: Config, goes_on: bool = False) -> Path:
             f"output_dir: given {config.output_dir!r}, which holds a run already; "
             "expected a new folder, or overwrite: true, or resume: true"
         )
-    for path in present:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    remove(present)
     return folder
 
 

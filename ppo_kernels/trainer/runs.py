@@ -1,13 +1,13 @@
 """The folder of a command's run: claimed, and filled with settings, log and summary."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ppo_kernels._files import remove
 from ppo_kernels.trainer.config import InputError
 from ppo_kernels.trainer.logs import progress_bar
 from ppo_kernels.trainer.report import write_json
@@ -22,11 +22,7 @@ def start_run(config: Any, writes: Sequence[str]) -> Path:
             f"output_dir: given {config.output_dir!r}, which holds {present[0].name} already; "
             "expected a new folder, or overwrite: true"
         )
-    for path in present:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    remove(present)
     write_json(folder / "config.json", asdict(config))
     return folder
 

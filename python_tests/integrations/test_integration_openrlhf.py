@@ -8,7 +8,8 @@ import torch
 from comparing import compare, policies, ragged
 
 if importlib.util.find_spec("openrlhf") is None:
-    pytest.skip("needs openrlhf", allow_module_level=True)
+    # Too heavy for every environment of tests.
+    pytest.skip("needs openrlhf, which `make test-integrations` installs", allow_module_level=True)
 loss, utils, experience_maker = host_openrlhf.load()
 
 from ppo_kernels import op_counts, reset_op_counts  # noqa: E402

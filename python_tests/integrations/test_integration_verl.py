@@ -227,7 +227,7 @@ def test_kl_penalty(name, plus):
     )
     compare(ours, host, [new, old], differentiable=[0], scale=3)
     if not plus:
-        with pytest.raises(NotImplementedError):
+        with pytest.raises(NotImplementedError):  # as verl's own: it has the name alone
             verl.kl_penalty(new, old, "full")
 
 

@@ -337,6 +337,7 @@ def kl_penalty_forward(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) ->
     names = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
     estimator = names.get(kl_penalty, kl_penalty)
     if estimator not in ("k1", "k2", "k3", "abs"):
+        # The error that verl raises too: no estimator is missing here that it has.
         raise NotImplementedError(f"kl_penalty: no estimator {kl_penalty!r}")
     clamp = 20.0 if estimator == "k3" else None
     value = kl(logprob, ref_logprob, estimator=estimator, log_ratio_clamp=clamp)
