@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("bench", "time every function against torch and others: [OP ...] [--sizes ...] ..."),
         ("train", "PPO from a configuration file: --config FILE [--key value ...]"),
         ("sft", "train or fine-tune a language model: --data FILE [--key value ...]"),
+        ("rate", "collect human ratings of completions: --data FILE --output FILE ..."),
         ("reward", "reward model from preferences or ratings: --data FILE --model FOLDER ..."),
         ("eval", "rewards, KL, perplexity, variety of a policy: --model FOLDER --prompts FILE ..."),
         ("generate", "completions of prompts: --model FOLDER --prompts FILE ..."),

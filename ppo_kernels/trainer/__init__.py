@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ppo_kernels.trainer.fine_tuning import SFTConfig, SFTResult, sft
     from ppo_kernels.trainer.generation import Completion, GenerateConfig, generate
     from ppo_kernels.trainer.ppo import Result, train
+    from ppo_kernels.trainer.rating import RateConfig, Rated, rate
     from ppo_kernels.trainer.reward import RewardConfig, RewardResult, train_reward
     from ppo_kernels.trainer.rewards import Weighted
 
@@ -22,6 +23,9 @@ _WHERE = {
     "generate": "generation",
     "Result": "ppo",
     "train": "ppo",
+    "RateConfig": "rating",
+    "Rated": "rating",
+    "rate": "rating",
     "RewardConfig": "reward",
     "RewardResult": "reward",
     "train_reward": "reward",
@@ -37,6 +41,8 @@ __all__ = [
     "Evaluation",
     "GenerateConfig",
     "InputError",
+    "RateConfig",
+    "Rated",
     "Result",
     "RewardConfig",
     "RewardResult",
@@ -46,6 +52,7 @@ __all__ = [
     "Weighted",
     "evaluate_policy",
     "generate",
+    "rate",
     "sft",
     "train",
     "train_reward",

@@ -89,7 +89,8 @@ def run_command(
         print(f"{prog}: stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        where = f"; what was finished is in {config.output_dir}" if config else ""
+        folder = getattr(config, "output_dir", None)
+        where = f"; what was finished is in {folder}" if folder else ""
         print(f"\n{prog}: interrupted{where}", file=sys.stderr)
         return 130
     return 0

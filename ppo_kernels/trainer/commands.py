@@ -8,6 +8,7 @@ from ppo_kernels.trainer.cli import run_command
 from ppo_kernels.trainer.evaluation import EvalConfig, evaluate_policy
 from ppo_kernels.trainer.fine_tuning import SFTConfig, sft
 from ppo_kernels.trainer.generation import GenerateConfig, as_lines, generate
+from ppo_kernels.trainer.rating import RateConfig, rate
 from ppo_kernels.trainer.reward import RewardConfig, train_reward
 from ppo_kernels.trainer.rlhf.run import RLHFConfig, run
 
@@ -39,6 +40,16 @@ def main_reward(argv: Sequence[str] | None = None) -> int:
         )
 
     return run_command("ppo-kernels reward", argv, work, kind=RewardConfig)
+
+
+def main_rate(argv: Sequence[str] | None = None) -> int:
+    """Run `ppo-kernels rate`; return the exit status."""
+
+    def work(config: RateConfig) -> None:
+        result = rate(config)
+        print(f"{result.done} of {result.total} are answered; {result.output} has them")
+
+    return run_command("ppo-kernels rate", argv, work, kind=RateConfig)
 
 
 def main_generate(argv: Sequence[str] | None = None) -> int:
