@@ -17,6 +17,7 @@ tensors. What is repaired, and why (Triton 3.7):
   gaps between the elements of a strided tensor.
 - Arguments are copied to and fro, by whole storages; here they are used where they lie.
 - The language is patched and restored around every call; here once, for good.
+- Types and shapes are worked out anew for every value; here once for each.
 
 Races, barriers and memory order it cannot show; neither can it show what `exp2` or `log` give on
 hardware, nor how a sum depends on the registers that hold it.
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from triton.language import core
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton.runtime.jit import _normalize_ty
@@ -188,6 +190,8 @@ def _inside(addresses: np.ndarray, tensor: Any) -> np.ndarray:
     size = tensor.element_size()
     offset = addresses.astype(np.int64) - tensor.data_ptr()
     inside = (offset >= 0) & (offset % size == 0)
+    if tensor.is_contiguous():
+        return inside & (offset < size * tensor.numel())
     offset //= size
     steps = sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if s)
     for stride, length in reversed(steps):
@@ -249,11 +253,64 @@ def _call_kernel(original):
     return call
 
 
+# ---- types and shapes ----------------------------------------------------------------------------
+
+_NO_SHAPE = core.tuple([]), core.constexpr(1)
+
+
+def _array_type(original):
+    known: dict[str, np.dtype] = {}
+
+    def array_type(dtype):
+        if dtype.name not in known:
+            known[dtype.name] = original(dtype)
+        return known[dtype.name]
+
+    return array_type
+
+
+def _block_type(original):
+    known: dict[tuple, dict[str, Any]] = {}
+    shapes: dict[tuple, tuple] = {}
+
+    def init(self, element_ty, shape):
+        sizes = tuple(s.value if type(s) is core.constexpr else s for s in shape)
+        key = element_ty.name, sizes
+        if key not in known:
+            original(self, element_ty, shape)
+            if sizes not in shapes:
+                constants = core.tuple([core.constexpr(size) for size in sizes])
+                shapes[sizes] = constants, core.constexpr(self.numel)
+            self.of_tensor = shapes[sizes]
+            known[key] = vars(self).copy()
+        vars(self).update(known[key])
+
+    return init
+
+
+def _tensor(self, handle, type):  # noqa: A002  its name there
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = type.of_tensor if type.is_block() else _NO_SHAPE
+
+
+def _broadcast(original):
+    def broadcast(self, lhs, rhs):
+        if lhs.shape is rhs.shape:  # of _block_type
+            return lhs, rhs
+        return original(self, lhs, rhs)
+
+    return broadcast
+
+
 def install() -> None:
     """Repair the interpreter, and let the `triton` backend serve CPU tensors."""
     interpreter._patch_lang(install)  # the modules it sees as globals: tl and core
     interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
     builder = InterpreterBuilder
+    interpreter._get_np_dtype = _array_type(interpreter._get_np_dtype)
+    core.block_type.__init__ = _block_type(core.block_type.__init__)
+    core.tensor.__init__ = _tensor
+    TritonSemantic.broadcast_impl_value = _broadcast(TritonSemantic.broadcast_impl_value)
     interpreter._convert_float = _convert_float(interpreter._convert_float)
     interpreter.interpreter_builder.options = replace(
         interpreter.interpreter_builder.options, sanitize_overflow=False
