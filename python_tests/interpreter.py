@@ -288,7 +288,7 @@ def _block_type(original):
     return init
 
 
-def _tensor(self, handle, type):  # noqa: A002  its name there
+def _tensor(self, handle, type):
     self.handle, self.type, self.dtype = handle, type, type.scalar
     self.shape, self.numel = type.of_tensor if type.is_block() else _NO_SHAPE
 
