@@ -49,6 +49,15 @@ def forget_compiled(request):
         torch._dynamo.reset()
 
 
+@pytest.fixture
+def one_thread():
+    """Tiny models are several times slower with more, and runs set the number themselves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item):
     """A kernel that crashed takes the process's GPU with it: say which test it was, and stop."""

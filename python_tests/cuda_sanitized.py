@@ -21,7 +21,7 @@ from typing import Any
 from cuda_emulator import build
 
 TESTS = Path(__file__).parent
-WHICH = "cuda and not compile"  # which tests a compiler more than a kernel
+WHICH = "cuda and not compile and not opcheck"  # which test a compiler more than a kernel
 ONE_THREAD = " and not threads"  # of torch: its own race, for all that ThreadSanitizer sees
 
 

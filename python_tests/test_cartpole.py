@@ -14,12 +14,7 @@ EXAMPLE = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "cartpo
 Agent, Settings = EXAMPLE["Agent"], EXAMPLE["Settings"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_step_after_an_end_is_not_live():

@@ -29,14 +29,7 @@ from ppo_kernels.trainer.ppo import KLController, accumulate_gradients
 from ppo_kernels.trainer.rollout import Sampler, response_mask
 from ppo_kernels.trainer.scorer import Scorer
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are several times slower with more, and runs set the number themselves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

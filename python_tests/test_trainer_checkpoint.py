@@ -27,14 +27,7 @@ from safetensors.torch import load_file
 from ppo_kernels.trainer import Config, InputError, UnstableError, checkpoint, train
 from ppo_kernels.trainer.cli import main
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are several times slower with more, and runs set the number themselves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Killed(BaseException):

@@ -40,12 +40,7 @@ PAIRS = [{"prompt": f"w{i}", "completion": f"w{i + 6} w0"} for i in range(6)]
 CONFIGS = (SFTConfig, RewardConfig, GenerateConfig, EvalConfig, RLHFConfig)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def own_perplexity(model, tokenizer, examples):
@@ -384,3 +379,16 @@ def test_mistakes_end_in_one_line(command, argv, expected, capsys):
     error = capsys.readouterr().err.strip()
     assert expected in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("main", "name", "where"),
+    [(main_generate, "generate", ""), (main_sft, "sft", "; what was finished is in runs/x")],
+)
+def test_ctrl_c_ends_in_one_line(monkeypatch, capsys, main, name, where):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"ppo_kernels.trainer.commands.{name}", interrupted)
+    assert main(["--output_dir", "runs/x"] if where else []) == 130
+    assert capsys.readouterr().err == f"\nppo-kernels {name}: interrupted{where}\n"

@@ -8,7 +8,6 @@ import subprocess
 import tarfile
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("jsonargparse")
@@ -47,13 +46,7 @@ def archive(members):
     return buffer.getvalue()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are several times slower with more, and runs set the number themselves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

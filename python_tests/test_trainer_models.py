@@ -30,13 +30,7 @@ from ppo_kernels.trainer.rollout import Sampler, StopStrings, response_mask
 needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs peft")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are several times slower with more, and runs set the number themselves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

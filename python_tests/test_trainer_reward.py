@@ -20,13 +20,7 @@ from ppo_kernels.trainer.reward import batches, bradley_terry_loss
 from ppo_kernels.trainer.reward_report import agreement
 from ppo_kernels.trainer.rewards import load_reward, score
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def read(rows, min_gap=0.5):

@@ -5,7 +5,6 @@ import random
 from importlib.resources import files
 
 import pytest
-import torch
 import yaml
 
 pytest.importorskip("transformers")
@@ -39,12 +38,7 @@ def reviews(count):
     return found
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
