@@ -123,7 +123,7 @@ def test_what_the_documentation_names_exists():
     text = Path(__file__).parents[1].joinpath("docs", "trainer.md").read_text()
     named = {word for word in re.findall(r"`([a-z_]+)`", text) if "_" in word}
     known = {field.name for field in fields(Config)}
-    others = {"clipped_loss", "value_loss", "from_pretrained", "load_adapter", "fully_shard"}
+    others = {"clipped_loss", "value_loss", "from_pretrained", "load_adapter"}
     metrics = {"per_completion", "per_token", "kl_k1", "kl_k3", "clip_fraction", "ratio_max"}
     metrics |= {"explained_variance", "grad_norm", "share_of_ops"}
     assert named <= known | others | metrics

@@ -57,8 +57,8 @@ def test_two_processes_train_as_one(single, tmp_path):
     start = ranks.tiny.model().state_dict()["transformer.h.0.attn.c_attn.weight"]
     assert (moved - start).abs().max() > 1e-3
     kinds = json.loads((tmp_path / "kinds.json").read_text())
-    assert kinds[:3] == 3 * [["DistributedDataParallel", "Parameter"]]
-    assert kinds[3:] == 3 * [["FSDPActorCritic", "DTensor"]]
+    assert kinds[:3] == 3 * [["DistributedDataParallel", "GPT2Block", "Parameter"]]
+    assert kinds[3:] == 3 * [["FSDPActorCritic", "FSDPGPT2Block", "DTensor"]]
     for kind in ("ddp", "fsdp"):
         assert_same(tmp_path / kind, single, 2e-5)
         # From a checkpoint, to the bit.

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 import trainer_tiny as tiny
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from accelerate.commands import launch as accelerate_launch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from ppo_kernels.trainer import Config, ppo
 from ppo_kernels.trainer.distributed import World
@@ -93,17 +95,21 @@ def main(folder):
     folder = Path(folder)
     is_main = os.environ["RANK"] == "0"
     kinds, prepare = [], World.prepare
+
+    def recording(self, model, optimizer):
+        prepared, optimizer = prepare(self, model, optimizer)
+        policy = model.policy
+        parts = prepared, policy.base_model.h[0], policy.get_output_embeddings().weight
+        kinds.append([type(part).__name__ for part in parts])
+        return prepared, optimizer
+
+    World.prepare = recording
     for kind in ("ddp", "fsdp"):
-        if kind == "fsdp":  # accelerate shards on GPUs only
-            prepare, World.is_sharded = shard, True
-
-        def recording(self, model, optimizer, prepare=prepare):
-            prepared, optimizer = prepare(self, model, optimizer)
-            head = type(model.policy.get_output_embeddings().weight)
-            kinds.append([type(prepared).__name__, head.__name__])
-            return prepared, optimizer
-
-        World.prepare = recording
+        if kind == "fsdp":
+            AcceleratorState._reset_state(reset_partial_state=True)
+            layer = ("--fsdp_transformer_layer_cls_to_wrap", "GPT2Block")
+            os.environ.update(launched("fsdp2.yaml", *layer))
+            AcceleratorState.__init__ = fsdp_on_cpus(AcceleratorState.__init__)
         train(folder / kind)
         if is_main:
             again = folder / f"{kind}-again"
@@ -117,18 +123,25 @@ def main(folder):
         (folder / "kinds.json").write_text(json.dumps(kinds))
 
 
-def shard(world, model, optimizer):
-    """Shard block by block, and the rest with the whole, as accelerate does."""
-    mesh = init_device_mesh("cpu", (world.size,))
-    numbers = {p: i for i, p in enumerate(model.parameters())}
-    groups = [[numbers[p] for p in group["params"]] for group in optimizer.param_groups]
-    for block in model.policy.base_model.h:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    sharded = list(model.parameters())
-    for group, members in zip(optimizer.param_groups, groups, strict=True):
-        group["params"] = [sharded[i] for i in members]
-    return model, optimizer
+def launched(name, *options):
+    """Return what `accelerate launch` puts into the environment for one of our examples."""
+    file = Path(__file__).parents[1] / "examples" / "accelerate" / name
+    arguments = ["--config_file", str(file), *options, "script"]
+    given = accelerate_launch.launch_command_parser().parse_args(arguments)
+    environment = prepare_multi_gpu_env(accelerate_launch._validate_launch_command(given)[0])
+    return environment.items() - os.environ.items()
+
+
+def fsdp_on_cpus(init):
+    """Let accelerate start FSDP on the CPU too, which it refuses; all that follows is its own."""
+
+    def initialize(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    return initialize
 
 
 if __name__ == "__main__":
