@@ -24,8 +24,9 @@ def metrics(folder):
 
 
 def weights(folder):
-    files = ("policy/model.safetensors", "value/head.safetensors")
-    return {k: v for name in files for k, v in load_file(Path(folder, name)).items()}
+    files = ("policy/model.safetensors", "value/head.safetensors", "value/trunk/model.safetensors")
+    found = [file for name in files if (file := Path(folder, name)).exists()]
+    return {f"{file.parent.name}.{k}": v for file in found for k, v in load_file(file).items()}
 
 
 def assert_same(folder, expected, tolerance):
@@ -45,24 +46,42 @@ def single(tmp_path_factory):
     threads = torch.get_num_threads()
     folder = tmp_path_factory.mktemp("single")
     ranks.train(folder)
+    ranks.train(folder / "skipping", **ranks.SKIPPING)
     torch.set_num_threads(threads)
+    skipped = [row["skipped"] for row in metrics(folder / "skipping")]
+    assert skipped[1] > 1  # once an epoch, but for what the policy's divergence ended
+    assert skipped[2] > 0
     return folder
 
 
+def assert_trains_as_one(single, folder, kind):
+    assert_same(folder / kind, single, 2e-5)
+    assert_same(folder / f"{kind}-skipping", single / "skipping", 2e-5)
+    # From a checkpoint, to the bit.
+    assert metrics(folder / f"{kind}-again") == metrics(folder / kind)
+    assert_same(folder / f"{kind}-again", folder / kind, 0)
+    # With completions that the processes sample themselves.
+    assert len(metrics(folder / f"{kind}-sampled")) == 1
+
+
 def test_two_processes_train_as_one(single, tmp_path):
-    ranks.launch(tmp_path)
+    ranks.launch(tmp_path, "ddp", "fsdp")
     tokens = [row["completion/tokens"] for row in metrics(single)]
     assert len(set(tokens)) > 1  # unequal denominators
-    moved = weights(single)["transformer.h.0.attn.c_attn.weight"]
+    moved = weights(single)["policy.transformer.h.0.attn.c_attn.weight"]
     start = ranks.tiny.model().state_dict()["transformer.h.0.attn.c_attn.weight"]
     assert (moved - start).abs().max() > 1e-3
     kinds = json.loads((tmp_path / "kinds.json").read_text())
-    assert kinds[:3] == 3 * [["DistributedDataParallel", "GPT2Block", "Parameter"]]
-    assert kinds[3:] == 3 * [["FSDPActorCritic", "FSDPGPT2Block", "DTensor"]]
-    for kind in ("ddp", "fsdp"):
-        assert_same(tmp_path / kind, single, 2e-5)
-        # From a checkpoint, to the bit.
-        assert metrics(tmp_path / f"{kind}-again") == metrics(tmp_path / kind)
-        assert_same(tmp_path / f"{kind}-again", tmp_path / kind, 0)
-        # With completions that the processes sample themselves.
-        assert len(metrics(tmp_path / f"{kind}-sampled")) == 1
+    assert kinds[:4] == 4 * [["DistributedDataParallel", "GPT2Block", "Parameter"]]
+    assert kinds[4:] == 4 * [["FSDPActorCritic", "FSDPGPT2Block", "DTensor"]]
+    assert_trains_as_one(single, tmp_path, "ddp")
+    assert_trains_as_one(single, tmp_path, "fsdp")
+
+
+def test_two_processes_under_deepspeed_train_as_one(single, tmp_path):
+    pytest.importorskip("deepspeed", reason="make test-deepspeed installs it")
+    ranks.launch(tmp_path, "zero1", "zero2")
+    kinds = json.loads((tmp_path / "kinds.json").read_text())
+    assert kinds == 8 * [["DeepSpeedEngine", "GPT2Block", "Parameter"]]
+    assert_trains_as_one(single, tmp_path, "zero1")
+    assert_trains_as_one(single, tmp_path, "zero2")

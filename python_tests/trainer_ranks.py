@@ -1,4 +1,4 @@
-"""Several processes on one machine that train the tiny model: `trainer_ranks.py FOLDER`."""
+"""Several processes on one machine that train the tiny model: `trainer_ranks.py FOLDER KIND...`."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import trainer_tiny as tiny
 from accelerate.commands import launch as accelerate_launch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from ppo_kernels.trainer import Config, ppo
 from ppo_kernels.trainer.distributed import World
@@ -26,6 +26,12 @@ SETTINGS = {
     "epochs": 2, "max_new_tokens": 8, "lr": 3e-3, "value_lr": 3e-3, "eval_samples": 0,
     "tensorboard": False, "plots": False, "checkpoint_every": 2, "keep_checkpoints": 3,
     "entropy_coef": 0.01, "missing_eos_penalty": 0.2, "critic_warmup": 1, "kl_coef": 0.1,
+}  # fmt: skip
+# Minibatches are left out: of step 1 those with a broken advantage, of others those too far away.
+# Then the critic learns alone, and by the decay all would move that shall not.
+SKIPPING = {
+    "nonfinite": "skip", "max_update_kl": 0.002, "value_epochs": 3, "separate_value_model": True,
+    "weight_decay": 0.1, "checkpoint_every": 0,
 }  # fmt: skip
 
 
@@ -54,9 +60,25 @@ class FixedSampler(Sampler):
         return Rollout(sequences, attention, mask, ended, texts)
 
 
+def spoiling(make_experience):
+    """Break an advantage of step 1."""
+    steps = []
+
+    def make(*arguments, **keywords):
+        experience = make_experience(*arguments, **keywords)
+        steps.append(experience)
+        if len(steps) == 2:
+            experience.advantages[0] = torch.nan
+        return experience
+
+    return make
+
+
 def train(folder, sampler=FixedSampler, **settings):
     """Train with fixed completions, or with those of another sampler."""
-    original, ppo.Sampler = ppo.Sampler, sampler
+    original, ppo.Sampler = (ppo.Sampler, ppo.make_experience), sampler
+    if settings.get("nonfinite") == "skip":
+        ppo.make_experience = spoiling(ppo.make_experience)
     try:
         return ppo.train(
             replace(Config(output_dir=str(folder), **SETTINGS), **settings),
@@ -66,10 +88,10 @@ def train(folder, sampler=FixedSampler, **settings):
             prompts=tiny.PROMPTS,
         )
     finally:
-        ppo.Sampler = original
+        ppo.Sampler, ppo.make_experience = original
 
 
-def launch(folder, count=2):
+def launch(folder, *kinds, count=2):
     """Run this file in `count` processes; raise unless all succeed."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -77,7 +99,7 @@ def launch(folder, count=2):
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
+            [sys.executable, __file__, str(folder), *kinds],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -90,26 +112,22 @@ def launch(folder, count=2):
         assert process.returncode == 0, output
 
 
-def main(folder):
-    """Under DDP and FSDP2: train, again from a checkpoint, and with completions of its own."""
+def main(folder, *kinds):
+    """Of each kind: train, again from a checkpoint, with gaps, and with completions of its own."""
     folder = Path(folder)
     is_main = os.environ["RANK"] == "0"
-    kinds, prepare = [], World.prepare
+    found, prepare = [], World.prepare
 
     def recording(self, model, optimizer):
         prepared, optimizer = prepare(self, model, optimizer)
         policy = model.policy
         parts = prepared, policy.base_model.h[0], policy.get_output_embeddings().weight
-        kinds.append([type(part).__name__ for part in parts])
+        found.append([type(part).__name__ for part in parts])
         return prepared, optimizer
 
     World.prepare = recording
-    for kind in ("ddp", "fsdp"):
-        if kind == "fsdp":
-            AcceleratorState._reset_state(reset_partial_state=True)
-            layer = ("--fsdp_transformer_layer_cls_to_wrap", "GPT2Block")
-            os.environ.update(launched("fsdp2.yaml", *layer))
-            AcceleratorState.__init__ = fsdp_on_cpus(AcceleratorState.__init__)
+    for kind in kinds:
+        choose(kind)
         train(folder / kind)
         if is_main:
             again = folder / f"{kind}-again"
@@ -118,9 +136,24 @@ def main(folder):
             (again / "summary.json").unlink()
         torch.distributed.barrier()
         train(folder / f"{kind}-again", resume=True)
+        train(folder / f"{kind}-skipping", **SKIPPING)
         train(folder / f"{kind}-sampled", sampler=Sampler, steps=1, eval_samples=4, critic_warmup=0)
     if is_main:
-        (folder / "kinds.json").write_text(json.dumps(kinds))
+        (folder / "kinds.json").write_text(json.dumps(found))
+
+
+def choose(kind):
+    """Bring the process into the state in which `accelerate launch` starts it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if kind == "fsdp":
+        layer = ("--fsdp_transformer_layer_cls_to_wrap", "GPT2Block")
+        os.environ.update(launched("fsdp2.yaml", *layer))
+        AcceleratorState.__init__ = fsdp_on_cpus(AcceleratorState.__init__)
+    if kind.startswith("zero"):
+        import deepspeed
+
+        os.environ.update(launched("deepspeed.yaml", "--zero_stage", kind[-1]))
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # takes a minute to compile
 
 
 def launched(name, *options):
@@ -128,8 +161,11 @@ def launched(name, *options):
     file = Path(__file__).parents[1] / "examples" / "accelerate" / name
     arguments = ["--config_file", str(file), *options, "script"]
     given = accelerate_launch.launch_command_parser().parse_args(arguments)
-    environment = prepare_multi_gpu_env(accelerate_launch._validate_launch_command(given)[0])
-    return environment.items() - os.environ.items()
+    given, defaults, _ = accelerate_launch._validate_launch_command(given)
+    given.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    if given.use_deepspeed:
+        return prepare_deepspeed_cmd_env(given)[1]
+    return prepare_multi_gpu_env(given)
 
 
 def fsdp_on_cpus(init):

@@ -12,7 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from torch.nn.utils import clip_grad_norm_
 
+from ppo_kernels.trainer import zero
 from ppo_kernels.trainer.config import Config, InputError
+from ppo_kernels.trainer.zero import Zero
 
 
 class World:
@@ -26,17 +28,22 @@ class World:
     def __init__(self, config: Config) -> None:
         self.rank, self.size, self.accelerator = 0, 1, None
         self.group: dist.ProcessGroup | None = None
+        self.zero: Zero | None = None
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         only_values = (config.critic_warmup, config.value_epochs or 0, config.max_update_kl or 0)
-        kwargs = DistributedDataParallelKwargs(find_unused_parameters=any(only_values))
-        self.accelerator = Accelerator(cpu=config.device == "cpu", kwargs_handlers=[kwargs])
+        handlers = [DistributedDataParallelKwargs(find_unused_parameters=any(only_values))]
+        on_cpu = config.device == "cpu"
+        if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            on_cpu = False  # to accelerate, cpu means no DeepSpeed
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=handlers)
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
         self.group = dist.group.WORLD
         if self.accelerator.distributed_type.value == "DEEPSPEED":
-            raise InputError("DeepSpeed updates weights on its own terms; expected DDP or FSDP2")
+            zero.configure(self.accelerator.state.deepspeed_plugin, config)
         if self.accelerator.mixed_precision != "no":
             given = self.accelerator.mixed_precision
             raise InputError(f"mixed_precision: given {given!r}, expected 'no'; dtype is a setting")
@@ -74,12 +81,18 @@ class World:
         """Wrap the model and optimizer as the launcher's configuration says."""
         if self.accelerator is None:
             return model, optimizer
+        if self.accelerator.distributed_type.value == "DEEPSPEED":
+            self.zero = Zero(self.accelerator, model, optimizer)
+            return self.zero.engine, self.zero
         return self.accelerator.prepare(model, optimizer)
 
     @contextmanager
     def accumulating(self, model: nn.Module, last: bool) -> Iterator[None]:
         """Within this, gradients are exchanged only in the last backward pass of a minibatch."""
-        if self.accelerator is None or last:
+        if self.zero is not None:
+            self.zero.engine.set_gradient_accumulation_boundary(last)
+            yield
+        elif self.accelerator is None or last:
             yield
         else:
             with self.accelerator.no_sync(model):
@@ -89,11 +102,15 @@ class World:
         """Add this process's part of a gradient; gradients are averaged, so it is multiplied."""
         if self.accelerator is None:
             loss.backward()
+        elif self.zero is not None:
+            self.zero.backward(loss * self.size)
         else:
             self.accelerator.backward(loss * self.size)
 
     def clip_grad_norm(self, model: nn.Module, largest: float) -> Tensor:
         """Clip the gradient of all processes' shards; return its norm before."""
+        if self.zero is not None:
+            return self.zero.grad_norm()
         norm = clip_grad_norm_(model.parameters(), largest)
         return whole(norm)
 

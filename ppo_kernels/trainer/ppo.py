@@ -113,9 +113,8 @@ def train(
     actor = ActorCritic(policy, sampler.forbidden, config.separate_value_model)
     reference = Reference(policy, actor.forbidden)
     origin = Origin.of(policy, prompts)
-    head = list(actor.value_head.parameters())
-    trunks = [p for name, p in actor.named_parameters() if not name.startswith("value_head")]
-    groups = [{"params": trunks}, {"params": head}]
+    parts = (actor.policy, actor.value_trunk, actor.value_head)
+    groups = [{"params": list(part.parameters())} for part in parts if part is not None]
     adam = torch.optim.AdamW(groups, eps=config.adam_eps, weight_decay=config.weight_decay)
     learner, optimizer = world.prepare(actor, adam)
     shuffle = torch.Generator().manual_seed(config.seed)
@@ -227,10 +226,10 @@ def update_weights(
         order = torch.randperm(config.rollouts, generator=state.shuffle).split(config.minibatch)
         for i, index in enumerate(order):
             factor = decay(config, state.step, epoch * len(order) + i, epochs * len(order))
-            for group, lr in zip(
-                state.optimizer.param_groups, (config.lr, config.value_lr), strict=True
-            ):
-                group["lr"] = lr * factor
+            *trunks, head = state.optimizer.param_groups
+            for group in trunks:
+                group["lr"] = config.lr * factor
+            head["lr"] = config.value_lr * factor
             minibatch = experience.rows(index.to(experience.mask.device))
             update = accumulate_gradients(learner, minibatch, config, world, policy_learns)
             norm = world.clip_grad_norm(state.model, config.max_grad_norm)
