@@ -9,6 +9,7 @@
 # make test-sanitize   the op tests on C++ and emulated CUDA kernels built with AddressSanitizer and UBSan
 # make test-floor      the op tests on the oldest torch and Python supported (a download of gigabytes)
 # make test-integrations   our functions against those of TRL, verl, OpenRLHF, torchrl and Stable-Baselines3
+# make test-deepspeed      two processes under DeepSpeed train as one does
 # make docs    regenerate the tables that come from the code
 #
 # All of them work in .venv, made on first use. PYTHON chooses the interpreter, TORCH what pip installs as torch.
@@ -19,7 +20,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell git ls-files csrc python_tests 2>/dev/null | grep -E '[.](h|cpp|cuh|cu)$$')
 
-.PHONY: demo rlhf bench test verify-all gpu-check test-sanitize test-floor test-integrations lint format docs clean
+.PHONY: demo rlhf bench test verify-all gpu-check test-sanitize test-floor test-integrations test-deepspeed lint format docs clean
 
 demo: .venv/installed
 	$(BIN)/ppo-kernels demo
@@ -70,17 +71,31 @@ test-floor:
 	build/floor/bin/python -m pip install -q --no-deps .
 	cd build/floor && bin/python -m pytest -p no:cacheprovider $(addprefix ../../,$(OP_TESTS))
 
+# An environment on top of .venv.
+define ON_TOP
+$(BIN)/python -m venv --without-pip $(1)
+$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
+	> "$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+endef
+
 # The hosts without what they require, and what importing them takes, in an environment on top of .venv.
 HOSTS := trl==1.16.0 verl==0.9.1 openrlhf==0.11.2 torchrl==0.14.1 stable-baselines3==2.9.2
 HOSTS_NEED := accelerate datasets "tensordict>=0.14.3,<0.15" ray hydra-core codetiming dill gymnasium==1.4.0 pandas rich
 test-integrations: .venv/installed
-	$(BIN)/python -m venv --without-pip build/integrations
-	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
-		> "$$(build/integrations/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(call ON_TOP,build/integrations)
 	$(PIP) --python build/integrations/bin/python install -q --no-deps $(HOSTS)
 	$(PIP) --python build/integrations/bin/python install -q -c constraints.txt $(HOSTS_NEED)
 	OMP_WAIT_POLICY=passive build/integrations/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
 		-p no:cacheprovider python_tests/integrations
+
+# Without its operators, which are compiled for GPUs.
+DEEPSPEED_NEEDS := einops hjson msgpack ninja psutil py-cpuinfo pydantic
+test-deepspeed: .venv/installed
+	$(call ON_TOP,build/deepspeed)
+	$(PIP) --python build/deepspeed/bin/python install -q -c constraints.txt $(DEEPSPEED_NEEDS)
+	DS_BUILD_OPS=0 $(PIP) --python build/deepspeed/bin/python install -q --no-deps deepspeed==0.19.8
+	OMP_WAIT_POLICY=passive build/deepspeed/bin/python -m pytest -p no:cacheprovider \
+		python_tests/test_trainer_ranks.py -k deepspeed
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ from ppo_kernels._files import atomic_file, atomic_folder
 from ppo_kernels.trainer import Config, InputError, train
 from ppo_kernels.trainer.cli import main, parse_config
 from ppo_kernels.trainer.data import check_prompts, load_prompts, shuffled_batches
+from ppo_kernels.trainer.distributed import World
 from ppo_kernels.trainer.logs import RunLog, prepare_output
 from ppo_kernels.trainer.model import load_policy, load_tokenizer, resolve_device
 from ppo_kernels.trainer.objects import import_object
 from ppo_kernels.trainer.rewards import score
+from ppo_kernels.trainer.zero import configure
 
 
 def parse(*argv):
@@ -110,7 +113,55 @@ def test_examples_for_accelerate_are_valid():
     config_args = pytest.importorskip("accelerate.commands.config.config_args")
     files = sorted((EXAMPLES / "accelerate").glob("*.yaml"))
     kinds = [config_args.load_config_from_file(str(f)).distributed_type.value for f in files]
-    assert kinds == ["MULTI_GPU", "FSDP", "MULTI_GPU"]
+    assert kinds == ["MULTI_GPU", "DEEPSPEED", "FSDP", "MULTI_GPU"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3, expected 1 or 2"),
+        ({"zero_optimization": {"stage": 0}}, "ZeRO stage 0, expected 1 or 2"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload"),
+        ({"optimizer": {"type": "AdamW"}}, "given optimizer, expected none"),
+        ({"scheduler": {"type": "WarmupLR"}}, "given scheduler, expected none"),
+        ({"bf16": {"enabled": True}}, "given bf16, expected neither"),
+    ],
+)
+def test_configurations_of_deepspeed_that_are_not_ours(change, expected):
+    zero = {"stage": 2, "offload_optimizer": {"device": "none"}, "offload_param": None}
+    given = {"zero_optimization": zero, "fp16": {"enabled": False}, "gradient_clipping": "auto"}
+    configure(SimpleNamespace(deepspeed_config=given), Config(max_grad_norm=0.5))
+    assert given["gradient_clipping"] == 0.5
+    with pytest.raises(InputError, match=f"DeepSpeed: .*{expected}"):
+        configure(SimpleNamespace(deepspeed_config=given | change), Config())
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "settings", "expected"),
+    [
+        ("FSDP", "no", {}, "FSDP 1"),
+        ("MULTI_CPU", "bf16", {}, "mixed_precision: given 'bf16'"),
+        ("DEEPSPEED", "no", {"dtype": "bfloat16"}, "dtype: given 'bfloat16'.*DEEPSPEED"),
+        ("MULTI_CPU", "no", {"rollouts": 9, "minibatch": 9}, "rollouts: given 9"),
+    ],
+)
+def test_launches_that_are_not_ours(monkeypatch, kind, precision, settings, expected):
+    accelerate = pytest.importorskip("accelerate")
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config={
+        "zero_optimization": {"stage": 1},
+    }))  # fmt: skip
+    found = SimpleNamespace(
+        process_index=0, num_processes=2, distributed_type=SimpleNamespace(value=kind),
+        is_fsdp2=False, mixed_precision=precision, state=state,
+    )  # fmt: skip
+    given = {}
+    monkeypatch.setattr(
+        accelerate, "Accelerator", lambda **keywords: given.update(keywords) or found
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=expected):
+        World(Config(device="cpu", **settings))
+    assert given["cpu"]
 
 
 @pytest.mark.parametrize("argv", [["--resume"], ["--resume", "--steps", "3"], ["--resume", "true"]])

@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from torch.nn.utils import clip_grad_norm_
 
-from ppo_kernels.trainer import zero
 from ppo_kernels.trainer.config import Config, InputError
-from ppo_kernels.trainer.zero import Zero
+from ppo_kernels.trainer.model import resolve_device
+from ppo_kernels.trainer.zero import Zero, configure
 
 
 class World:
@@ -26,7 +26,7 @@ class World:
     """
 
     def __init__(self, config: Config) -> None:
-        self.rank, self.size, self.accelerator = 0, 1, None
+        self.rank, self.size, self.accelerator, self.kind = 0, 1, None, "NO"
         self.group: dist.ProcessGroup | None = None
         self.zero: Zero | None = None
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -35,20 +35,23 @@ class World:
 
         only_values = (config.critic_warmup, config.value_epochs or 0, config.max_update_kl or 0)
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=any(only_values))]
-        on_cpu = config.device == "cpu"
+        on_cpu = resolve_device(config.device).type == "cpu"
         if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            on_cpu = False  # to accelerate, cpu means no DeepSpeed
+            on_cpu = False  # which to accelerate means: not with DeepSpeed
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
         self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=handlers)
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
         self.group = dist.group.WORLD
-        if self.accelerator.distributed_type.value == "DEEPSPEED":
-            zero.configure(self.accelerator.state.deepspeed_plugin, config)
+        self.kind = self.accelerator.distributed_type.value
+        if self.kind == "DEEPSPEED":
+            configure(self.accelerator.state.deepspeed_plugin, config)
+        if self.kind == "MEGATRON_LM" or (self.kind == "FSDP" and not self.is_sharded):
+            raise InputError("given FSDP 1 or Megatron, expected DDP, FSDP 2 or DeepSpeed")
         if self.accelerator.mixed_precision != "no":
             given = self.accelerator.mixed_precision
             raise InputError(f"mixed_precision: given {given!r}, expected 'no'; dtype is a setting")
-        if self.is_sharded and config.dtype != "float32":
-            raise InputError(f"dtype: given {config.dtype!r}, expected float32, as FSDP2 shards")
+        if self.kind in ("FSDP", "DEEPSPEED") and config.dtype != "float32":
+            raise InputError(f"dtype: given {config.dtype!r}, expected float32 under {self.kind}")
         for key in ("rollouts", "minibatch"):
             if getattr(config, key) % self.size:
                 raise InputError(
@@ -81,7 +84,7 @@ class World:
         """Wrap the model and optimizer as the launcher's configuration says."""
         if self.accelerator is None:
             return model, optimizer
-        if self.accelerator.distributed_type.value == "DEEPSPEED":
+        if self.kind == "DEEPSPEED":
             self.zero = Zero(self.accelerator, model, optimizer)
             return self.zero.engine, self.zero
         return self.accelerator.prepare(model, optimizer)
