@@ -119,8 +119,7 @@ def test_examples_for_accelerate_are_valid():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3, expected 1 or 2"),
-        ({"zero_optimization": {"stage": 0}}, "ZeRO stage 0, expected 1 or 2"),
+        ({"zero_optimization": {"stage": 0}}, "ZeRO stage 0, expected 1, 2 or 3"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload"),
         ({"optimizer": {"type": "AdamW"}}, "given optimizer, expected none"),
         ({"scheduler": {"type": "WarmupLR"}}, "given scheduler, expected none"),
@@ -130,10 +129,15 @@ def test_examples_for_accelerate_are_valid():
 def test_configurations_of_deepspeed_that_are_not_ours(change, expected):
     zero = {"stage": 2, "offload_optimizer": {"device": "none"}, "offload_param": None}
     given = {"zero_optimization": zero, "fp16": {"enabled": False}, "gradient_clipping": "auto"}
-    configure(SimpleNamespace(deepspeed_config=given), Config(max_grad_norm=0.5))
+    plugin = SimpleNamespace(deepspeed_config=given, zero3_init_flag=False)
+    configure(plugin, Config(max_grad_norm=0.5))
     assert given["gradient_clipping"] == 0.5
+    plugin.deepspeed_config = given | change
     with pytest.raises(InputError, match=f"DeepSpeed: .*{expected}"):
-        configure(SimpleNamespace(deepspeed_config=given | change), Config())
+        configure(plugin, Config())
+    plugin = SimpleNamespace(deepspeed_config=given, zero3_init_flag=True)
+    with pytest.raises(InputError, match="zero3_init_flag, expected false"):
+        configure(plugin, Config())
 
 
 @pytest.mark.parametrize(
@@ -147,12 +151,11 @@ def test_configurations_of_deepspeed_that_are_not_ours(change, expected):
 )
 def test_launches_that_are_not_ours(monkeypatch, kind, precision, settings, expected):
     accelerate = pytest.importorskip("accelerate")
-    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config={
-        "zero_optimization": {"stage": 1},
-    }))  # fmt: skip
+    settings_of_zero = {"zero_optimization": {"stage": 1}}
+    plugin = SimpleNamespace(deepspeed_config=settings_of_zero, zero3_init_flag=False)
     found = SimpleNamespace(
         process_index=0, num_processes=2, distributed_type=SimpleNamespace(value=kind),
-        is_fsdp2=False, mixed_precision=precision, state=state,
+        is_fsdp2=False, mixed_precision=precision, state=SimpleNamespace(deepspeed_plugin=plugin),
     )  # fmt: skip
     given = {}
     monkeypatch.setattr(

@@ -72,16 +72,18 @@ def test_two_processes_train_as_one(single, tmp_path):
     start = ranks.tiny.model().state_dict()["transformer.h.0.attn.c_attn.weight"]
     assert (moved - start).abs().max() > 1e-3
     kinds = json.loads((tmp_path / "kinds.json").read_text())
-    assert kinds[:4] == 4 * [["DistributedDataParallel", "GPT2Block", "Parameter"]]
-    assert kinds[4:] == 4 * [["FSDPActorCritic", "FSDPGPT2Block", "DTensor"]]
+    assert kinds[:4] == 4 * [["DistributedDataParallel", "GPT2Block", "Parameter", 512]]
+    assert kinds[4:] == 4 * [["FSDPActorCritic", "FSDPGPT2Block", "DTensor", 512]]
     assert_trains_as_one(single, tmp_path, "ddp")
     assert_trains_as_one(single, tmp_path, "fsdp")
 
 
 def test_two_processes_under_deepspeed_train_as_one(single, tmp_path):
     pytest.importorskip("deepspeed", reason="make test-deepspeed installs it")
-    ranks.launch(tmp_path, "zero1", "zero2")
+    stages = ("zero1", "zero2", "zero3")
+    ranks.launch(tmp_path, *stages)
     kinds = json.loads((tmp_path / "kinds.json").read_text())
-    assert kinds == 8 * [["DeepSpeedEngine", "GPT2Block", "Parameter"]]
-    assert_trains_as_one(single, tmp_path, "zero1")
-    assert_trains_as_one(single, tmp_path, "zero2")
+    assert kinds[:8] == 8 * [["DeepSpeedEngine", "GPT2Block", "Parameter", 512]]
+    assert kinds[8:] == 4 * [["DeepSpeedEngine", "GPT2Block", "Parameter", 0]]
+    for stage in stages:
+        assert_trains_as_one(single, tmp_path, stage)

@@ -119,10 +119,13 @@ def main(folder, *kinds):
     found, prepare = [], World.prepare
 
     def recording(self, model, optimizer):
+        if self.kind == "DEEPSPEED":  # ZeRO 3 leaves small weights whole, so all of these
+            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         prepared, optimizer = prepare(self, model, optimizer)
-        policy = model.policy
-        parts = prepared, policy.base_model.h[0], policy.get_output_embeddings().weight
-        found.append([type(part).__name__ for part in parts])
+        weight = model.policy.get_output_embeddings().weight
+        parts = prepared, model.policy.base_model.h[0], weight
+        found.append([*(type(part).__name__ for part in parts), weight.numel()])
         return prepared, optimizer
 
     World.prepare = recording

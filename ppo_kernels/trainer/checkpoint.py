@@ -17,11 +17,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ppo_kernels._files import atomic_folder
 from ppo_kernels.trainer.config import Config, InputError, UnstableError
-from ppo_kernels.trainer.distributed import World, whole
+from ppo_kernels.trainer.distributed import World, assign, like
 from ppo_kernels.trainer.kl import KLController
 
 FORMAT = 1
@@ -184,13 +183,15 @@ class Checkpoints:
 
 def collect(state: State, world: World) -> Contents:
     """Bring a state into the form of a checkpoint; every process takes part."""
-    model = {name: whole(p) for name, p in trained_parameters(state.model).items()}
+    model = world.whole(trained_parameters(state.model))
     saved = state.optimizer.state_dict()
-    optimizer = {
-        f"{i}.{key}": whole(torch.as_tensor(value))
-        for i, entries in saved["state"].items()
-        for key, value in entries.items()
-    }
+    optimizer = world.whole(
+        {
+            f"{i}.{key}": torch.as_tensor(value)
+            for i, entries in saved["state"].items()
+            for key, value in entries.items()
+        }
+    )
     manifest = {
         "format": FORMAT,
         "step": state.step,
@@ -216,12 +217,12 @@ def restore(state: State, contents: Contents, world: World) -> None:
         raise InputError(f"resume: the checkpoint is of {count} processes, these are {world.size}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(_like(contents.model[name], parameter))
+            assign(parameter, contents.model[name])
     entries: dict[int, dict[str, Tensor]] = {}
     flat = [p for group in state.optimizer.param_groups for p in group["params"]]
     for name, value in contents.optimizer.items():
         index, _, key = name.partition(".")
-        entries.setdefault(int(index), {})[key] = _like(value, flat[int(index)])
+        entries.setdefault(int(index), {})[key] = like(value, flat[int(index)])
     state.optimizer.load_state_dict({"state": entries, "param_groups": manifest["param_groups"]})
     state.controller.coef = manifest["kl_coef"]
     state.shuffle.set_state(_from_hex(manifest["shuffle"]))
@@ -297,13 +298,6 @@ def _to_hex(state: Tensor) -> str:
 
 def _from_hex(text: str) -> Tensor:
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-
-
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        value = value.to(parameter.device)
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    return value
 
 
 def _checksum(file: Path) -> list[int]:

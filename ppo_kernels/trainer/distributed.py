@@ -1,20 +1,20 @@
 """The processes of a run: one, or those that `accelerate launch` started."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import pad
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from ppo_kernels.trainer.config import Config, InputError
 from ppo_kernels.trainer.model import resolve_device
-from ppo_kernels.trainer.zero import Zero, configure
+from ppo_kernels.trainer.zero import Zero, configure, fill, gathered, local_shard
 
 
 class World:
@@ -67,7 +67,9 @@ class World:
     @property
     def is_sharded(self) -> bool:
         """Whether no process holds all weights."""
-        return self.accelerator is not None and self.accelerator.is_fsdp2
+        if self.accelerator is None or self.kind != "DEEPSPEED":
+            return self.accelerator is not None and self.accelerator.is_fsdp2
+        return self.accelerator.state.deepspeed_plugin.zero_stage == 3
 
     def device(self, given: torch.device) -> torch.device:
         """Return this process's device."""
@@ -117,6 +119,19 @@ class World:
         norm = clip_grad_norm_(model.parameters(), largest)
         return whole(norm)
 
+    def weight_norm(self, model: nn.Module) -> Tensor:
+        """Return the norm of all weights."""
+        if self.zero is not None and self.zero.stage == 3:
+            norm = get_total_norm([local_shard(p) for p in model.parameters()])
+            return self.sum(norm.square()).sqrt()
+        return whole(get_total_norm([p.detach() for p in model.parameters()]))
+
+    def whole(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gather sharded tensors; all processes take part."""
+        if self.zero is not None and self.zero.stage == 3:
+            self.zero.engine.empty_partition_cache()  # what it gathers for a next forward pass
+        return {name: whole(value) for name, value in shards.items()}
+
     def sum(self, value: Tensor) -> Tensor:
         """Add up the processes' values."""
         if self.group is not None:
@@ -152,5 +167,23 @@ class World:
 
 def whole(value: Tensor) -> Tensor:
     """Gather a sharded tensor; all processes take part."""
+    if hasattr(value, "ds_id"):
+        return gathered(value)
     value = value.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Set a parameter, sharded or not, to a whole value; all processes take part."""
+    if hasattr(parameter, "ds_id"):
+        fill(parameter, value)
+    else:
+        parameter.copy_(like(value, parameter))
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Shard a whole value as its parameter is, if it is a DTensor."""
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        value = value.to(parameter.device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ppo_kernels as pk
@@ -252,7 +251,7 @@ def update_weights(
             state.optimizer.zero_grad()
     if not learned.updates:
         checkpoints.stop(state, experience, "every minibatch was left out")
-    if not math.isfinite(get_total_norm([p.detach() for p in state.model.parameters()])):
+    if not math.isfinite(world.weight_norm(state.model)):
         checkpoints.stop(state, experience, "the weights are no longer finite")
     return learned
 

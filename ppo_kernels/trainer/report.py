@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_kernels._files import atomic_file, atomic_folder
 from ppo_kernels.trainer.config import Config
-from ppo_kernels.trainer.distributed import World, whole
+from ppo_kernels.trainer.distributed import World
 from ppo_kernels.trainer.evaluate import Samples
 from ppo_kernels.trainer.model import ActorCritic
 
@@ -142,12 +142,12 @@ def export(
     """
     # None is what save_pretrained takes for the model's own
     states = [
-        {name: whole(value) for name, value in part.state_dict().items()}
+        world.whole(part.state_dict(keep_vars=True))
         if part is not None and world.is_sharded
         else None
         for part in (model.policy, model.value_trunk)
     ]
-    head = {name: whole(value) for name, value in model.value_head.state_dict().items()}
+    head = world.whole(model.value_head.state_dict(keep_vars=True))
     if not world.is_main:
         return
     with atomic_folder(folder / "policy") as temporary:
