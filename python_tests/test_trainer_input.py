@@ -161,9 +161,10 @@ def test_launches_that_are_not_ours(monkeypatch, kind, precision, settings, expe
     monkeypatch.setattr(
         accelerate, "Accelerator", lambda **keywords: given.update(keywords) or found
     )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match=expected):
-        World(Config(device="cpu", **settings))
+        World(Config(device="auto", **settings))
     assert given["cpu"]
 
 

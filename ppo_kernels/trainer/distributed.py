@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from ppo_kernels.trainer.config import Config, InputError
 from ppo_kernels.trainer.model import resolve_device
-from ppo_kernels.trainer.zero import Zero, configure, fill, gathered, local_shard
+from ppo_kernels.trainer.zero import Zero, Zero3, configure, fill, gathered
 
 
 class World:
@@ -67,9 +67,11 @@ class World:
     @property
     def is_sharded(self) -> bool:
         """Whether no process holds all weights."""
-        if self.accelerator is None or self.kind != "DEEPSPEED":
-            return self.accelerator is not None and self.accelerator.is_fsdp2
-        return self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        if self.accelerator is None:
+            return False
+        if self.kind == "DEEPSPEED":
+            return self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return self.accelerator.is_fsdp2
 
     def device(self, given: torch.device) -> torch.device:
         """Return this process's device."""
@@ -87,7 +89,8 @@ class World:
         if self.accelerator is None:
             return model, optimizer
         if self.kind == "DEEPSPEED":
-            self.zero = Zero(self.accelerator, model, optimizer)
+            kind = Zero3 if self.is_sharded else Zero
+            self.zero = kind(self.accelerator, model, optimizer)
             return self.zero.engine, self.zero
         return self.accelerator.prepare(model, optimizer)
 
@@ -121,15 +124,14 @@ class World:
 
     def weight_norm(self, model: nn.Module) -> Tensor:
         """Return the norm of all weights."""
-        if self.zero is not None and self.zero.stage == 3:
-            norm = get_total_norm([local_shard(p) for p in model.parameters()])
-            return self.sum(norm.square()).sqrt()
+        if isinstance(self.zero, Zero3):
+            return self.zero.weight_norm()
         return whole(get_total_norm([p.detach() for p in model.parameters()]))
 
     def whole(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gather sharded tensors; all processes take part."""
-        if self.zero is not None and self.zero.stage == 3:
-            self.zero.engine.empty_partition_cache()  # what it gathers for a next forward pass
+        if isinstance(self.zero, Zero3):
+            self.zero.release()
         return {name: whole(value) for name, value in shards.items()}
 
     def sum(self, value: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from ppo_kernels.trainer.config import Config, InputError
@@ -39,58 +40,50 @@ def configure(plugin: Any, config: Config) -> None:
 
 
 class Zero(Optimizer):
-    """An optimizer of a model's parameters that works through DeepSpeed's engine.
+    """An optimizer of a model's parameters that works through DeepSpeed's engine: ZeRO 1 and 2.
 
-    Inside, AdamW has a flat shard of each group of parameters. The engine takes a missing gradient
+    Inside, AdamW has flat shards of each group of parameters. The engine takes a missing gradient
     for 0, with which Adam moves weights all the same, and it cannot drop those of a minibatch. So
     just before AdamW steps, the gradients are taken away of all groups that shall stay as they are.
     """
 
     def __init__(self, accelerator: Any, model: nn.Module, adam: Optimizer) -> None:
         self.param_groups = [group | {"params": [*group["params"]]} for group in adam.param_groups]
-        self.adam, self.shards = adam, adam.param_groups
+        self.trained = [[p for p in g["params"] if p.requires_grad] for g in self.param_groups]
+        self.adam, self.inner_groups = adam, adam.param_groups
         self.learning: set[int] = set()  # the groups that have a gradient
-        for number, members in enumerate(self._trained()):
-            for parameter in members:
+        for number, parameters in enumerate(self.trained):
+            for parameter in parameters:
                 parameter.register_hook(partial(self._note, number))
         adam.register_step_pre_hook(self._before_step)
         self.engine, _ = accelerator.prepare(model, adam)
-        self.stage = self.engine.zero_optimization_stage()
-        self.flat = self._flat_shards()
-        self._begin_state()
+        self.shards = self._find_shards()
+        for shard in (shard for shards in self.shards for shard in shards):
+            adam.state[shard] = {"step": torch.tensor(0.0)}
+            adam.state[shard] |= {key: torch.zeros_like(shard) for key in MOMENTS}
+        self._link_state()
 
-    def _trained(self) -> list[list[nn.Parameter]]:
-        return [[p for p in group["params"] if p.requires_grad] for group in self.param_groups]
+    def _find_shards(self) -> list[list[Tensor]]:
+        """Return the flat tensors of each group."""
+        return [[*group["params"]] for group in self.inner_groups]
 
-    def _flat_shards(self) -> list[list[Tensor]]:
-        """Return the tensors of each group that AdamW updates."""
-        if self.stage < 3:
-            return [[*shards["params"]] for shards in self.shards]
-        flat: list[list[Tensor]] = [[] for _ in self.shards]
-        inner = self.engine.optimizer
-        for number, tensor in enumerate(inner.fp32_partitioned_groups_flat):
-            flat[inner.sub_group_to_group_id[number]].append(tensor)
-        return flat
-
-    def _begin_state(self) -> None:
-        """Make Adam's state as it is before any step: DeepSpeed links its parts only once."""
+    def _link_state(self) -> None:
+        """Tell parameters where their state is; DeepSpeed does it once, after its first step."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-        for members, flat in zip(self._trained(), self.flat, strict=True):
-            for shard in flat:
-                self.adam.state[shard] = {"step": torch.tensor(0.0)}
-                self.adam.state[shard] |= {key: torch.zeros_like(shard) for key in MOMENTS}
-            if self.stage < 3:
-                lazy_init_hp_params_optimizer_state(members, flat[0], self.adam.state)
+        for parameters, (shard,) in zip(self.trained, self.shards, strict=True):
+            lazy_init_hp_params_optimizer_state(parameters, shard, self.adam.state)
 
     def _note(self, number: int, _: Tensor) -> None:
         self.learning.add(number)
 
     def _before_step(self, *_: object) -> None:
-        for number, (group, shards) in enumerate(zip(self.param_groups, self.shards, strict=True)):
-            shards["lr"] = group["lr"]
+        for number, (group, inner) in enumerate(
+            zip(self.param_groups, self.inner_groups, strict=True)
+        ):
+            inner["lr"] = group["lr"]
             if number not in self.learning:
-                for shard in shards["params"]:
+                for shard in inner["params"]:
                     shard.grad = None
 
     def backward(self, loss: Tensor) -> None:
@@ -99,21 +92,12 @@ class Zero(Optimizer):
 
     def grad_norm(self) -> Tensor:
         """Return the norm of the gradient, which the next step clips."""
-        if self.stage < 3:
-            return self.engine.optimizer.scaled_global_norm()
-        from deepspeed.utils import safe_get_local_grad
-
-        shards = [safe_get_local_grad(p) for members in self._trained() for p in members]
-        square = torch.stack([shard.square().sum() for shard in shards]).sum()
-        dist.all_reduce(square)
-        return square.sqrt()
+        return self.engine.optimizer.scaled_global_norm()
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update the groups that have a gradient."""
         self.engine.step()
         self.learning.clear()
-        if self.stage == 3:
-            self._forget()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients that no step took, by a step in which no group moves."""
@@ -121,24 +105,16 @@ class Zero(Optimizer):
             self.learning.clear()
             self.step()
 
-    def _forget(self) -> None:
-        """Clear gradients, which would be there still where the next minibatch has none."""
-        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
-
-        for members in self._trained():
-            for parameter in members:
-                safe_set_local_grad(parameter, torch.zeros_like(safe_get_local_grad(parameter)))
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state that AdamW has in a single process; all processes take part."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         state: dict[int, dict[str, Tensor]] = {}
         groups, start = [], 0
-        for group, flat in zip(self.param_groups, self.flat, strict=True):
+        for group, shards in zip(self.param_groups, self.shards, strict=True):
             numbers = range(start, start := start + len(group["params"]))
             groups.append(group | {"params": [*numbers]})
-            step = self.adam.state[flat[0]]["step"]
+            step = self.adam.state[shards[0]]["step"]
             for number, parameter in zip(numbers, group["params"], strict=True):
                 if parameter.requires_grad:
                     parts = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
@@ -147,34 +123,76 @@ class Zero(Optimizer):
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Put back what `state_dict` returned, after the model's weights; the rates follow."""
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
         self.engine.optimizer.refresh_fp32_params()
         number = 0
-        for group, flat in zip(self.param_groups, self.flat, strict=True):
+        for group, shards in zip(self.param_groups, self.shards, strict=True):
             for parameter in group["params"]:
                 if number in saved["state"]:
                     entry = saved["state"][number]
-                    for shard in flat:
+                    for shard in shards:
                         self.adam.state[shard]["step"].copy_(entry["step"])
                     for key in MOMENTS:
-                        if self.stage < 3:
-                            safe_set_full_optimizer_state(parameter, entry[key], key)
-                        else:
-                            shard = shard_like(entry[key], parameter)
-                            safe_set_local_optimizer_state(parameter, shard, key)
+                        self._set_state(parameter, key, entry[key])
                 number += 1
 
+    def _set_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
 
-def shard_like(value: Tensor, parameter: Any) -> Tensor:
-    """Return this process's part of a value, where ZeRO 3 shards its parameter, with padding."""
-    length = parameter.ds_tensor.numel()
-    shard = value.flatten()[dist.get_rank() * length :][:length]
-    return pad(shard, (0, length - len(shard)))
+        safe_set_full_optimizer_state(parameter, value, key)
 
 
-def local_shard(parameter: Any) -> Tensor:
-    """Return this process's part of a parameter that ZeRO 3 shards, without the padding."""
+class Zero3(Zero):
+    """The same where the weights are sharded too."""
+
+    def _find_shards(self) -> list[list[Tensor]]:
+        shards: list[list[Tensor]] = [[] for _ in self.inner_groups]
+        inner = self.engine.optimizer
+        for number, shard in enumerate(inner.fp32_partitioned_groups_flat):
+            shards[inner.sub_group_to_group_id[number]].append(shard)
+        return shards
+
+    def _link_state(self) -> None:
+        """Parameters look it up each time."""
+
+    def grad_norm(self) -> Tensor:
+        """Return the norm of the gradient, which the next step clips."""
+        from deepspeed.utils import safe_get_local_grad
+
+        shards = [safe_get_local_grad(p) for parameters in self.trained for p in parameters]
+        return _norm_of_all(shards)
+
+    def weight_norm(self) -> Tensor:
+        """Return the norm of all weights."""
+        return _norm_of_all([_without_padding(p) for p in self.engine.module.parameters()])
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the groups that have a gradient."""
+        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+
+        super().step()
+        # gradients stay until others replace them, and the next minibatch may have none
+        for parameter in (p for parameters in self.trained for p in parameters):
+            safe_set_local_grad(parameter, torch.zeros_like(safe_get_local_grad(parameter)))
+
+    def _set_state(self, parameter: Any, key: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_local_optimizer_state
+
+        length = parameter.ds_tensor.numel()  # with padding
+        shard = value.flatten()[dist.get_rank() * length :][:length]
+        safe_set_local_optimizer_state(parameter, pad(shard, (0, length - len(shard))), key)
+
+    def release(self) -> None:
+        """Let go of weights that were gathered for a next forward pass."""
+        self.engine.empty_partition_cache()
+
+
+def _norm_of_all(shards: list[Tensor]) -> Tensor:
+    square = get_total_norm(shards).square()
+    dist.all_reduce(square)
+    return square.sqrt()
+
+
+def _without_padding(parameter: Any) -> Tensor:
     shard = parameter.ds_tensor.detach()
     return shard[: max(parameter.ds_numel - dist.get_rank() * shard.numel(), 0)]
 
