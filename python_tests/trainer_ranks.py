@@ -23,7 +23,7 @@ from ppo_kernels.trainer.rollout import Rollout, Sampler, response_mask
 
 SETTINGS = {
     "device": "cpu", "threads": 1, "steps": 3, "rollouts": 16, "minibatch": 8, "micro_batch": 2,
-    "epochs": 2, "max_new_tokens": 8, "lr": 3e-3, "value_lr": 3e-3, "eval_samples": 0,
+    "epochs": 2, "max_new_tokens": 8, "lr": 3e-3, "value_lr": 1e-3, "eval_samples": 0,
     "tensorboard": False, "plots": False, "checkpoint_every": 2, "keep_checkpoints": 3,
     "entropy_coef": 0.01, "missing_eos_penalty": 0.2, "critic_warmup": 1, "kl_coef": 0.1,
 }  # fmt: skip
