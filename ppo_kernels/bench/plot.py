@@ -220,6 +220,9 @@ def _memory_hidden(rows: Sequence[Row]) -> Any:
     figure, axes = _grid(list(panels), "vocabulary; tokens", "peak MiB beyond the inputs")
     for a, (panel, axis) in zip(axes, panels.values(), strict=True):
         _lines(a, _series(panel, partial(_dimension, axis), "peak_mib"))
+        sizes = sorted({int(_dimension(axis, row)) for row in panel})
+        a.set_xticks(sizes, sizes)
+        a.minorticks_off()
         a.legend(fontsize=6)
     return figure
 
