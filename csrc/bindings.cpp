@@ -53,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(active().isa); });
   m.def("supported_isas", &supported_isas);
   m.def("set_isa", &set_isa);
+  m.def("is_intel", &is_intel);
   m.def("advise_huge_pages", &advise_huge_pages);
   active();  // an unusable PPO_KERNELS_CPU_ISA fails at import, where the package reports it
 

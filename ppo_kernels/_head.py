@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _gemm
+
 TILE = 256  # rows of a product on a CPU, as fast as all at once; `chunk` is a multiple of it
 # Bytes of logits at a time. A GPU needs many rows to be busy; a CPU is busy with one tile, and what
 # stays in cache between two passes is read for less.
 BUDGET = {"cpu": 64 << 20, "cuda": 1 << 30}
-# Rows of a half-precision weight that are made wide at a time, where no product gives wide results.
-BLOCK = 8192
 
 
 class Part(NamedTuple):
@@ -115,15 +115,7 @@ class Head:
             if self.bias is not None:
                 out += self.bias
         else:
-            hidden = part.hidden.to(self.dtype)
-            for begin, weight in self._wide_blocks():
-                columns = slice(begin, begin + weight.shape[0])
-                for i in range(0, out.shape[0], TILE):
-                    to = out[i : i + TILE, columns]
-                    if self.bias is None:
-                        torch.mm(hidden[i : i + TILE], weight.t(), out=to)
-                    else:
-                        torch.addmm(self.bias[columns], hidden[i : i + TILE], weight.t(), out=to)
+            _gemm.linear(part.hidden.to(self.dtype), self.weight, self.bias, out, TILE)
         return out[: part.size]
 
     def grad_hidden(self, grad: Tensor) -> Tensor:
@@ -131,11 +123,7 @@ class Head:
         if grad.is_cuda:
             to = grad.new_empty((grad.shape[0], self.weight.shape[1]))
             return self._product(grad.to(self.weight.dtype), self.weight, to).to(self.hidden.dtype)
-        # In place: autocast would narrow a product that is not.
-        total = grad.new_zeros((grad.shape[0], self.weight.shape[1]))
-        for begin, weight in self._wide_blocks():
-            total.addmm_(grad[:, begin : begin + weight.shape[0]], weight)
-        return total.to(self.hidden.dtype)
+        return _gemm.grad_input(grad, self.weight).to(self.hidden.dtype)
 
     def add_grad_weight(self, grad: Tensor, part: Part, total: Tensor) -> None:
         """Add what a part's logits give to the gradient of the weight, [V, H] in fp32 or fp64."""
@@ -143,8 +131,10 @@ class Head:
         if grad.is_cuda and hidden.dtype != self.dtype:
             grad = grad.to(hidden.dtype)
             total += self._product(grad.t(), hidden, torch.empty_like(total))
+        elif grad.is_cuda:
+            total.addmm_(grad.t(), hidden)
         else:
-            total.addmm_(grad.t(), hidden.to(self.dtype))
+            _gemm.add_grad_weight(grad, hidden.to(self.dtype), total)
 
     def memory(self, empty: Callable[..., Tensor]) -> Tensor:
         return empty((self.chunk, self.weight.shape[0]), self.dtype)
@@ -154,13 +144,6 @@ class Head:
         if a.dtype == out.dtype:
             return torch.mm(a, b, out=out)
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-    def _wide_blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """The weight in the dtype of the logits, some rows at a time if that takes a copy."""
-        rows = self.weight.shape[0]
-        step = rows if self.weight.dtype == self.dtype else BLOCK
-        for begin in range(0, rows, step):
-            yield begin, self.weight[begin : begin + step].to(self.dtype)
 
 
 def _padded(rows: int) -> int:

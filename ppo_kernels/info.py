@@ -10,7 +10,7 @@ import torch
 
 import ppo_kernels
 
-from . import cpu, cuda
+from . import _gemm, cpu, cuda
 from ._op import BACKENDS, OPS, Op, refusal
 
 
@@ -56,6 +56,14 @@ def cuda_module() -> str:
     return f"CUDA module: {build['compiler']}, for the architectures {build['architectures']}"
 
 
+def cpu_products() -> str:
+    """Which library multiplies floats, or what is wrong with the one that was asked for."""
+    try:
+        return f"matrix products of heads on a CPU: {_gemm.library()}"
+    except ValueError as error:
+        return f"matrix products of heads on a CPU: none - {error}"
+
+
 def report() -> str:
     """Versions, build flags, and for each function and backend whether it runs here or why not."""
     lines = [
@@ -71,7 +79,7 @@ def report() -> str:
             f"{'OpenMP' if build['openmp'] else 'no OpenMP: one thread'}, instruction set "
             f"{cpu.isa()} of {'/'.join(cpu.supported_isas())}, {torch.get_num_threads()} threads"
         )
-    lines.append(cuda_module())
+    lines += [cpu_products(), cuda_module()]
     runtimes = openmp_runtimes()
     if len(runtimes) > 1:
         lines.append(f"warning: two OpenMP runtimes are loaded: {', '.join(runtimes)}")

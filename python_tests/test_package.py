@@ -329,6 +329,9 @@ def test_info_names_every_function_and_reason():
         assert re.search(rf"{function} +cpu +runs", run.stdout)
     broken = command("info", PPO_KERNELS_CPU_ISA="sse9").stdout
     assert re.search(r"logprobs_from_logits +cpu +off: the compiled module .*sse9", broken)
+    assert re.search(r"\nmatrix products of heads on a CPU: (torch|onednn)\n", run.stdout)
+    broken = command("info", PPO_KERNELS_CPU_GEMM="blis").stdout
+    assert re.search(r"on a CPU: none - PPO_KERNELS_CPU_GEMM: expected .* got 'blis'", broken)
     assert command("info", "--tabel").returncode == 2
 
 

@@ -57,4 +57,13 @@ const KernelTable& active() {
 
 void set_isa(const std::string& name) { current.store(find(name), std::memory_order_release); }
 
+bool is_intel() {
+#ifdef PPOK_HAS_AVX2
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace ppok

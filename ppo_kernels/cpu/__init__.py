@@ -59,6 +59,11 @@ def set_isa(name: str) -> None:
     _C.set_isa(name)
 
 
+def is_intel() -> bool:
+    """Whether the processor is Intel's."""
+    return not UNAVAILABLE and _C.is_intel()
+
+
 def build() -> dict[str, str | bool]:
     """How the compiled module was made."""
     return {
