@@ -62,6 +62,9 @@ PPOK_FIELDS(LogprobForward, View, View, View, View, i64, i64, i64, i64, double, 
             View, View, View);
 PPOK_FIELDS(LogprobBackward, View, View, View, View, View, View, View, View, i64, i64, i64, i64,
             double, double, double, View);
+PPOK_FIELDS(PpoRows, View, View, View, View, View, View, View, View, View, i64, i64, i64, i64,
+            double, double, double, i64, double, double, double, double, i64, double, double, View,
+            View, View);
 PPOK_FIELDS(KeptForward, View, View, View, View, View, View, View, i64, i64, i64, i64, i64, double,
             double, double, View, View, View, View);
 PPOK_FIELDS(KeptBackward, View, View, View, View, View, View, View, View, View, View, View, View,

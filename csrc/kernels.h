@@ -53,6 +53,24 @@ struct LogprobBackward {
   int64_t threads;
 };
 
+// From rows of logits to their log-probabilities and to the gradient of a loss of each token:
+//   slope of the policy's loss * weight + kl_coef * slope of the KL * weight,
+//   and for the entropy -entropy_coef * weight; both times loss_scale.
+struct PpoRows {
+  View logits, tokens, mask, temperatures;
+  View old_logprobs, advantages, weights;  // [rows, cols]
+  View ref_logprobs, loss_scale;           // may be absent; loss_scale is one number
+  int64_t rows, cols, vocab, ignore_index;
+  double temperature, softcap, logit_scale;
+  int64_t variant;  // of a token's own loss
+  double low, high, dual, log_ratio_clamp;
+  int64_t estimator;  // of the KL
+  double kl_coef, entropy_coef;
+  View logprobs, entropy;  // entropy may be absent
+  View grad_logits;        // may be logits itself
+  int64_t threads;
+};
+
 // The same over a set of columns per position: ids[begin] to ids[end - 1], of `count` ids in all.
 struct KeptForward {
   View logits, tokens, mask, temperatures, begins, ends, ids;
@@ -234,6 +252,7 @@ struct ShapeRewards {
 #define PPOK_KERNELS(X)                             \
   X(logprob_forward, LogprobForward)                \
   X(logprob_backward, LogprobBackward)              \
+  X(ppo_rows, PpoRows)                              \
   X(kept_forward, KeptForward)                      \
   X(kept_backward, KeptBackward)                    \
   X(scan_forward, ScanForward)                      \

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from functools import partial
 
 import cuda_emulated
+import loss_rows
 import pytest
 import torch
+from loss_rows import SETTINGS, inputs
 
 import ppo_kernels as pk
 from ppo_kernels import _faults
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 BACKEND = cuda_emulated.NAME
 VECTOR = 16  # bytes; of csrc/cuda/columns.cuh
 SEGMENT = 65536  # bytes of logits that a block reads
+outcome = partial(loss_rows.outcome, BACKEND)
 
 
 def tokens_of(logits):
@@ -234,11 +237,6 @@ def test_bits_of_one_row_are_those_among_many(function):
 # ---- rows that stay on the chip ------------------------------------------------------------------
 
 TWO_PASSES = ["logprob_forward", "logprob_backward"]
-EVERYTHING = {
-    "entropy_coef": 0.05, "kl_coef": 0.3, "kl_gradient": "k2", "log_ratio_clamp": 0.5,
-    "temperature": 0.8, "softcap": 6.0, "logit_scale": 0.9, "dual_clip": 1.5,
-    "loss_scale": torch.tensor(8.0), "aggregation": "seq-mean-token-mean",
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -255,43 +253,7 @@ def launched(monkeypatch):
     return names
 
 
-def inputs(rows=3, cols=4, vocab=300, dtype=torch.float32):
-    g = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(rows, cols, vocab, generator=g)).to(dtype)
-    tokens = torch.randint(vocab, (rows, cols), generator=g)
-    now = pk.logprobs_from_logits(logits, tokens, backend="torch")
-    old, ref = (now + 0.4 * torch.randn(rows, cols, generator=g) for _ in range(2))
-    mask = torch.rand(rows, cols, generator=g) < 0.7
-    mask[0, 0] = True
-    logits[~mask] = torch.nan
-    return logits, tokens, old, ref, torch.randn(rows, generator=g), mask
-
-
-def outcome(logits, tokens, old, ref, advantages, mask, inplace=False, **settings):
-    """All that a policy's loss gives, its gradient last."""
-    leaf = logits.detach().requires_grad_()
-    if settings.get("kl_coef"):
-        settings["ref_logprobs"] = ref
-    out = pk.ppo_loss_from_logits(
-        leaf * 1, tokens, old, advantages, mask, inplace=inplace, backend=BACKEND, **settings
-    )
-    (grad,) = torch.autograd.grad(out.loss, leaf)
-    return [t for t in (out.loss, out.metrics.stats, *out[2:], grad) if t is not None]
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"inplace": True},
-        {"entropy": True},
-        EVERYTHING,
-        {"inplace": True, **EVERYTHING},
-        *({"variant": variant, "kl_coef": 0.1} for variant in ("cispo", "sapo", "gpg")),
-        *({"kl_coef": 0.3, "kl_gradient": gradient} for gradient in ("k1", "abs")),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_one_kernel_gives_the_bits_of_two(monkeypatch, launched, settings):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         example = inputs(dtype=dtype)

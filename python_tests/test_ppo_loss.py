@@ -1,5 +1,6 @@
 """ppo_loss_from_logits and ppo_loss_from_hidden: the functions they are made of, in one."""
 
+import loss_rows
 import pytest
 import torch
 from device import DEVICE, INTERPRETED, kernels, raises, seeded
@@ -7,6 +8,7 @@ from torch.library import opcheck
 
 import ppo_kernels as pk
 from ppo_kernels import _head
+from ppo_kernels.native import ppo_loss
 from ppo_kernels.testing import executor, executors
 
 FUNCTIONS = ("ppo_loss_from_logits", "ppo_loss_from_hidden")
@@ -338,6 +340,75 @@ def test_in_place_is_declared_when_compiled(backend):
         loss = torch.compile(f, backend="aot_eager")(leaf)
     (got,) = torch.autograd.grad(loss, leaf)
     assert torch.equal(got, want)
+
+
+# ---- rows that stay in the cache -----------------------------------------------------------------
+
+on_cpu = pytest.mark.skipif(
+    "cpu" not in kernels(*FUNCTIONS, *PARTS), reason="needs the C++ kernels"
+)
+
+
+def assert_bits_of_two_passes(monkeypatch, example, **settings):
+    got = loss_rows.outcome("cpu", *example, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_loss, "_rows_at_once", lambda *args: None)
+        want = loss_rows.outcome("cpu", *example, **settings)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@on_cpu
+@pytest.mark.parametrize("settings", loss_rows.SETTINGS, ids=str)
+def test_one_pass_gives_the_bits_of_two(monkeypatch, settings):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        assert_bits_of_two_passes(monkeypatch, loss_rows.inputs(dtype=dtype), **settings)
+
+
+@on_cpu
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("rows", "cols", "vocab"),
+    [(1, 1, 300), (9, 1, 300), (2, 50, 30_000), (3, 3, 300_000), (0, 4, 10)],
+)
+def test_however_rows_are_cut_and_shared_out(monkeypatch, rows, cols, vocab, threads):
+    """Blocks have 8 rows of 30000, or one longer than a block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for inplace in (False, True):
+            example = loss_rows.inputs(max(rows, 1), cols, vocab)
+            assert_bits_of_two_passes(
+                monkeypatch, [t[:rows] for t in example], inplace=inplace, entropy_coef=0.1
+            )
+    finally:
+        torch.set_num_threads(before)
+
+
+@on_cpu
+@pytest.mark.parametrize("cut", [lambda t: t[:, 1::2], lambda t: t.transpose(0, 1)])
+def test_rows_of_a_view(monkeypatch, cut):
+    logits, *tokens, advantages, mask = loss_rows.inputs(4, 6)
+    tokens = [cut(t) for t in (*tokens, mask)]
+    advantages = advantages[:, None].expand(mask.shape)
+    example = (cut(logits), *tokens[:-1], cut(advantages), tokens[-1])
+    assert_bits_of_two_passes(monkeypatch, example, **loss_rows.EVERYTHING)
+
+
+@on_cpu
+def test_a_loss_of_tokens_reads_its_rows_once(monkeypatch):
+    called, make = [], ppo_loss._rows_at_once
+
+    def spy(*args):
+        called.append(make(*args))
+        return called[-1]
+
+    monkeypatch.setattr(ppo_loss, "_rows_at_once", spy)
+    loss_rows.outcome("cpu", *loss_rows.inputs())
+    assert len(called) == 1
+    assert called[0] is not None
+    loss_rows.outcome("cpu", *loss_rows.inputs(), variant="gspo")
+    assert len(called) == 1
 
 
 # ---- hidden states -------------------------------------------------------------------------------

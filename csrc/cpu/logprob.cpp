@@ -2,6 +2,8 @@
 //
 // Each chunk of a row is summed against its own maximum, and the chunks are merged in order, in
 // double.
+#include "cpu/logprob.h"
+
 #include "cpu/chunk_sums.h"
 #include "cpu/logprob_parts.h"
 #include "cpu/rows.h"
@@ -161,9 +163,7 @@ void backward_by_tiles(const LogprobBackward& a) {
 }
 
 template <class Columns>
-void backward_direct(const LogprobBackward& a) {
-  const int64_t size = a.rows * a.cols * a.vocab * sizeof(typename Columns::Element);
-  const bool stream = a.grad_logits.data != a.logits.data && size >= kStreamBytes;
+void backward_direct(const LogprobBackward& a, bool stream) {
   backward(a, [&](const Row<LogprobBackward>& r, Upstream g, int64_t from, int64_t n) {
     const float* state = at<float>(a.state, 3 * r.position);
     const double c = scale_of(a, r.temperature);
@@ -200,19 +200,23 @@ Fault logprob_forward(const LogprobForward& a) {
   return run(Columns<kF32>{}, 0.f);
 }
 
-Fault logprob_backward(const LogprobBackward& a) {
+void logprob_backward(const LogprobBackward& a, bool stream) {
   const bool as_is = a.logits.stride[2] == 1 && a.grad_logits.stride[2] == 1 &&
                      a.logits.dtype == a.grad_logits.dtype && a.softcap == 0.;
   if (a.logits.dtype == kF64)
     backward_by_tiles<double>(a);
   else if (as_is && a.logits.dtype == kF32)
-    backward_direct<Columns<kF32>>(a);
+    backward_direct<Columns<kF32>>(a, stream);
   else if (as_is && a.logits.dtype == kBF16)
-    backward_direct<Columns<kBF16>>(a);
+    backward_direct<Columns<kBF16>>(a, stream);
   else if (as_is && a.logits.dtype == kF16)
-    backward_direct<Columns<kF16>>(a);
+    backward_direct<Columns<kF16>>(a, stream);
   else
     backward_by_tiles<float>(a);
+}
+
+Fault logprob_backward(const LogprobBackward& a) {
+  logprob_backward(a, worth_streaming(a));
   return {kNoFault, 0};
 }
 

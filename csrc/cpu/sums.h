@@ -19,6 +19,7 @@ struct Lanes<float> {
   static PPOK_INLINE V load(const float* p) { return ppok::PPOK_ISA::load(p); }
   static PPOK_INLINE void store(float* p, V x) { ppok::PPOK_ISA::store(p, x); }
   static PPOK_INLINE V splat(double x) { return ppok::PPOK_ISA::splat(static_cast<float>(x)); }
+  static PPOK_INLINE float first(V x) { return x[0]; }
   static PPOK_INLINE V exp_where(V x, Mask where) { return any_lane(where) ? vexp(x) : x; }
   static PPOK_INLINE Mask nonzero(const uint8_t* p) { return load_bytes(p) != 0; }
 };
@@ -31,6 +32,7 @@ struct Lanes<double> {
   static PPOK_INLINE V load(const double* p) { return *p; }
   static PPOK_INLINE void store(double* p, V x) { *p = x; }
   static PPOK_INLINE V splat(double x) { return x; }
+  static PPOK_INLINE double first(V x) { return x; }
   static PPOK_INLINE V exp_where(V x, Mask where) { return where ? exp(x) : x; }
   static PPOK_INLINE Mask nonzero(const uint8_t* p) { return *p != 0; }
 };

@@ -5,15 +5,6 @@
 
 namespace py = pybind11;
 
-namespace ppok {
-template <>
-struct FieldsOf<PPOK_ISA::PpoRows> {
-  using type = Fields<View, View, View, View, View, View, View, View, View, i64, i64, i64, i64,
-                      double, double, double, i64, double, double, double, double, i64, double,
-                      double, View, View, View>;
-};
-}  // namespace ppok
-
 namespace {
 
 using namespace ppok;
@@ -51,6 +42,6 @@ PYBIND11_MODULE(PPOK_MODULE, m) {
   using namespace PPOK_ISA;
 #define PPOK_DEF(name, Args) \
   def(m, #name, &PPOK_ISA::name, &PPOK_ISA::name##_workspace, FieldsOf<Args>::type{});
-  PPOK_CUDA_KERNELS(PPOK_DEF)
+  PPOK_KERNELS(PPOK_DEF)
   m.def("ppo_rows_fit", &PPOK_ISA::ppo_rows_fit);
 }

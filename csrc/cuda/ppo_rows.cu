@@ -7,7 +7,7 @@
 #include "cuda/launchers.h"
 #include "cuda/logprob_segment.cuh"
 #include "cuda/sums.cuh"
-#include "loss_terms.h"
+#include "ppo_row.h"
 
 namespace ppok {
 namespace PPOK_ISA {
@@ -91,35 +91,6 @@ struct SharedRow {
   }
 };
 
-// ---- the loss of a token ------------------------------------------------------------------------
-
-// The gradients of a row's log-probability and entropy.
-template <class T>
-__device__ Upstream upstream_of(const PpoRows& a, const Row<PpoRows>& r, T logprob) {
-  const T weight = read_one<T>(a.weights, r.row, r.col);
-  const T old = read_one<T>(a.old_logprobs, r.row, r.col);
-  const T advantage = read_one<T>(a.advantages, r.row, r.col);
-  const T slope = with_token_loss(a, [&](auto loss) {
-    typename decltype(loss)::template Kernel<Terms<T>> kernel(loss);
-    return kernel.add(logprob, old, advantage, T(0), true).slope;
-  });
-  T of_logprob = slope * weight, of_entropy = static_cast<T>(-a.entropy_coef) * weight;
-  if (a.ref_logprobs.data) {
-    const T d = logprob - read_one<T>(a.ref_logprobs, r.row, r.col);
-    const T limit = static_cast<T>(a.log_ratio_clamp);
-    const T of_kl = with_estimator(a.estimator, [&](auto chosen) {
-      return kl_gradient<decltype(chosen)::value, T>(d, limit, T(1), ExpWhere());
-    });
-    of_logprob += static_cast<T>(a.kl_coef) * of_kl * weight;
-  }
-  if (a.loss_scale.data) {
-    const T scale = read_one<T>(a.loss_scale, 0, 0);
-    of_logprob *= scale;
-    of_entropy *= scale;
-  }
-  return {of_logprob, a.entropy_coef == 0. ? 0. : of_entropy};
-}
-
 // ---- kernel -------------------------------------------------------------------------------------
 
 // Of this thread's segment.
@@ -164,7 +135,7 @@ __device__ inline Outcome<Compute<E>> score(const PpoRows& a, const Row<PpoRows>
   const Scored<T> row(result);
   at<T>(a.logprobs, r.position) = row.logprob;
   if (a.entropy.data) at<T>(a.entropy, r.position) = static_cast<T>(result.entropy);
-  return {row, r.kind == kSkipped ? Upstream{0., 0.} : upstream_of(a, r, row.logprob)};
+  return {row, r.kind == kSkipped ? Upstream{0., 0.} : upstream_of<Terms<T>>(a, r, row.logprob)};
 }
 
 template <class E, class Of>

@@ -20,6 +20,7 @@ struct Terms {
   using Mask = bool;
   static constexpr ExpWhere exp_where{};
   __device__ static T splat(double x) { return static_cast<T>(x); }
+  __device__ static T first(T x) { return x; }
 
   struct Sum {
     double value = 0.;

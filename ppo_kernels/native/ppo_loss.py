@@ -59,7 +59,7 @@ def _kernels(native: Native) -> Kernels:
         partial(kl.kl_forward, native),
         partial(kl.kl_backward, native),
         partial(moments.masked_reduce, native, mean=False),
-        partial(_rows_at_once, native) if hasattr(native.module, "ppo_rows") else None,
+        partial(_rows_at_once, native),
     )
 
 
@@ -67,13 +67,15 @@ def _rows_at_once(
     native: Native, grad_logits: Tensor, logits: Tensor, labels: tuple[Any, ...],
     settings: tuple[Any, ...], o: Objective, tail: Tail,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """See `Kernels`: None if a row does not fit on the chip, or rows do not fill the device."""
-    tokens: Tensor = labels[0]
+    """See `Kernels`: on a GPU None if a row does not fit on the chip, or rows do not fill it."""
+    tokens, _, temperatures = labels
     vocab = logits.shape[-1]
-    *_, processors, _ = target = native.target()
-    fits = native.module.ppo_rows_fit(vocab, DTYPE_CODES[logits.dtype])
-    if tokens.numel() < processors or not fits:
-        return None
+    target = native.target()
+    fit = getattr(native.module, "ppo_rows_fit", None)
+    if fit is not None:
+        *_, processors, _ = target
+        if tokens.numel() < processors or not fit(vocab, DTYPE_CODES[logits.dtype]):
+            return None
     o = o.by_tokens(tokens)
     logprobs = native.empty(tokens.shape, tail.dtype)
     entropies = native.empty(tokens.shape if o.entropy else (0,), tail.dtype)
@@ -81,12 +83,14 @@ def _rows_at_once(
         *labels, o.old_logprobs, o.advantages, tail.weights.expand(tokens.shape),
         o.ref_logprobs if o.kl_coef else None, tail.scale,
     )  # fmt: skip
-    native.module.ppo_rows(
+    fault = native.module.ppo_rows(
         rows(logits, 1), *map(rows, tensors), *rows_cols(tokens), vocab, settings[3], *settings[:3],
         o.policy.code, *losses.numbers(*o.policy[:4]), kl.ESTIMATORS.index(o.kl_gradient),
         o.kl_coef, o.entropy_coef, rows(logprobs), rows(entropies) if o.entropy else None,
         rows(grad_logits, 1), target,
     )  # fmt: skip
+    if fault is not None:
+        _checks.raise_row_fault(fault, vocab, tokens, temperatures)
     return logprobs, entropies
 
 
