@@ -16,10 +16,10 @@ from torch import Tensor
 from . import cpu
 
 LIBRARIES = ("torch", "onednn")
-# Rows of the weight at a time. oneDNN: 256 KiB of results per 64 rows are still in cache when they
-# are copied or added. torch: all of them, unless they are made wide from half precision.
+# Rows of the weight at a time. With more, what oneDNN gives leaves the cache before it is copied or
+# added. torch.mm takes all rows, unless they are made wide first.
 BLOCK = {"torch": 8192, "onednn": 1024}
-# Below, what oneDNN's result takes to be added to the gradient of a weight is not worth it.
+# With fewer, adding what oneDNN gives to the gradient of the weight takes longer than it saves.
 FEW_ROWS = 64
 
 

@@ -21,6 +21,7 @@ HEADLINES: tuple[tuple[str, str, str, str, str], ...] = (
     ("logprobs_from_logits", "", "2048x50257", "bfloat16", "forward+backward"),
     ("logprobs_from_hidden", "", "2048x768x50257", "float32", "forward"),
     ("logprobs_from_hidden", "", "2048x768x50257", "float32", "forward+backward"),
+    ("ppo_loss_from_hidden", "", "2048x768x50257", "float32", "forward+backward"),
     ("categorical_kl_from_hidden", "", "2048x768x50257", "float32", "forward+backward"),
     ("clipped_loss", "", "64x16384", "float32", "forward+backward"),
     ("value_loss", "", "64x16384", "float32", "forward+backward"),
