@@ -76,11 +76,13 @@ PPOK_FIELDS(ScanBackward, View, View, ScanSetting, View, View, View, View);
 PPOK_FIELDS(CategoricalKlForward, View, View, View, i64, i64, i64, double, View, View);
 PPOK_FIELDS(CategoricalKlBackward, View, View, View, View, View, View, i64, i64, i64, bool, double,
             View);
-// Both losses end with the fields of LossFrame.
+// These end with the fields of LossFrame.
 PPOK_FIELDS(ClippedLoss, View, View, View, bool, i64, double, double, double, double, View, View,
             View, i64, i64, i64, i64, double, double, View, View, View);
 PPOK_FIELDS(ValueLoss, View, View, View, double, double, View, View, View, i64, i64, i64, i64,
             double, double, View, View, View);
+PPOK_FIELDS(ImportanceWeights, View, View, i64, double, double, View, View, View, i64, i64, i64,
+            i64, double, double, View, View, View);
 PPOK_FIELDS(ScaleGradient, View, View, i64, View);
 PPOK_FIELDS(MaskedReduce, View, View, i64, i64, i64, bool, bool, View, View);
 PPOK_FIELDS(MomentsForward, View, View, i64, i64, View);

@@ -161,6 +161,24 @@ struct ValueLoss {
   LossFrame frame;
 };
 
+// Correction of the samples of another engine. frame.gradient takes the weights, frame.loss their
+// sum.
+enum Correction : int64_t {
+  kTis,
+  kTisSequence,
+  kTisGeometric,
+  kIcepop,
+  kMaskSequence,
+  kMaskGeometric
+};
+
+struct ImportanceWeights {
+  View old_logprobs, rollout_logprobs;
+  int64_t kind;
+  double low, high;
+  LossFrame frame;
+};
+
 struct ScaleGradient {
   View gradient, upstream;  // upstream is one number
   int64_t count;
@@ -260,6 +278,7 @@ struct ShapeRewards {
   X(vtrace, VTrace)                                 \
   X(clipped_loss, ClippedLoss)                      \
   X(value_loss, ValueLoss)                          \
+  X(importance_weights, ImportanceWeights)          \
   X(scale_gradient, ScaleGradient)                  \
   X(masked_reduce, MaskedReduce)                    \
   X(moments, MomentsForward)                        \

@@ -28,6 +28,7 @@ template <class Variant, bool kClamp>
 struct PolicyLoss : PolicySums {
   using Sums = PolicySums;
   static constexpr bool kOfSequence = Variant::kOfSequence;
+  static constexpr int kOfSequenceSums = 2;
   PolicyNumbers<double> numbers;
   double clamp;
 
@@ -62,9 +63,13 @@ struct PolicyLoss : PolicySums {
       log_ratio.add(Variant::term(setting.clamped(logprob - old), a, setting.numbers));
       advantage.add(a);
     }
+    PPOK_HD void store(double* out) const {
+      out[0] = log_ratio.total();
+      out[1] = advantage.total();
+    }
   };
-  PPOK_HD static double statistic(double log_ratio, double advantage, int64_t live) {
-    return Variant::statistic(log_ratio / live, advantage / live);
+  PPOK_HD static double statistic(const double* total, int64_t live) {
+    return Variant::statistic(total[0] / live, total[1] / live);
   }
 
   template <class Terms>
@@ -130,15 +135,16 @@ struct PolicyLoss : PolicySums {
   };
 };
 
-struct SquaredErrorSums {
-  static constexpr int kSums = 7, kExtremes = 0;
+template <int kCount>
+struct PlainSums {
+  static constexpr int kSums = kCount, kExtremes = 0;
   PPOK_HD static void publish(const double* total, double* stats) {
     memcpy(stats, total, kSums * sizeof(double));
   }
 };
 
-struct SquaredError : SquaredErrorSums {
-  using Sums = SquaredErrorSums;
+struct SquaredError : PlainSums<7> {
+  using Sums = PlainSums<7>;
   static constexpr bool kOfSequence = false;
   double clip, huber_delta;
 
@@ -173,6 +179,72 @@ struct SquaredError : SquaredErrorSums {
       const double all[] = {loss.total(),          clipped.total(), values.total(),
                             targets.total(),       errors.total(),  error_squares.total(),
                             target_squares.total()};
+      memcpy(out, all, sizeof all);
+    }
+  };
+};
+
+// Weights as if they were slopes of a loss, the ratio that of the token or, if kBySequence, of its
+// sequence: the product or the geometric mean of those of its tokens.
+template <class Weigh, bool kBySequence>
+struct ImportanceRatio : PlainSums<5> {
+  using Sums = PlainSums<5>;
+  static constexpr bool kOfSequence = kBySequence;
+  static constexpr int kOfSequenceSums = 1;
+  double low, high;
+  bool mean;
+
+  PPOK_HD explicit ImportanceRatio(const ImportanceWeights& a)
+      : low(a.low), high(a.high), mean(a.kind == kTisGeometric || a.kind == kMaskGeometric) {}
+
+  template <class Terms>
+  struct OfSequence {
+    using V = typename Terms::V;
+    typename Terms::Sum log_ratio;
+    PPOK_HD explicit OfSequence(const ImportanceRatio&) {}
+    PPOK_HD_INLINE void add(V old, V, V rollout) { log_ratio.add_difference(old, rollout); }
+    PPOK_HD void store(double* out) const { out[0] = log_ratio.total(); }
+  };
+  PPOK_HD double statistic(const double* total, int64_t live) const {
+    return exp(mean ? total[0] / live : total[0]);
+  }
+
+  template <class Terms>
+  struct Kernel {
+    using T = typename Terms::T;
+    using V = typename Terms::V;
+    struct Token {
+      V loss, slope;
+    };
+    const V low, high;
+    typename Terms::Sum weight, square;
+    typename Terms::SumInGroups k1, k3;
+    typename Terms::Count limited;
+
+    PPOK_HD explicit Kernel(const ImportanceRatio& c)
+        : low(Terms::splat(c.low)), high(Terms::splat(c.high)) {}
+
+    PPOK_HD_INLINE Token add(V old, V, V rollout, V of_sequence, typename Terms::Mask live) {
+      const V zero{}, x = old - rollout;
+      const Exponential<V> exp = exponential<T>(x, Terms::exp_where);
+      const Weight<V> made = Weigh::of(kBySequence ? of_sequence : exp.exp, low, high);
+      const V w = live ? made.weight : zero;
+      weight.add(w);
+      square.add_square(w);
+      limited.add(live & made.limited);
+      k1.add(zero - x);
+      k3.add(exp.minus_one_and_t);
+      return {w, w};
+    }
+
+    PPOK_HD_INLINE void settle() {
+      k1.settle();
+      k3.settle();
+    }
+
+    PPOK_HD void store(double* out) const {
+      const double all[] = {weight.total(), square.total(), limited.total(), k1.total(),
+                            k3.total()};
       memcpy(out, all, sizeof all);
     }
   };
@@ -214,7 +286,23 @@ auto with_loss(const ValueLoss& a, Body&& body) {
   return body(SquaredError(a));
 }
 
-// Three inputs per token; the third may come as one value per sequence.
+template <class Body>
+auto with_loss(const ImportanceWeights& a, Body&& body) {
+  switch (a.kind) {
+    case kIcepop:
+      return body(ImportanceRatio<BandedWeight, false>(a));
+    case kTisSequence:
+    case kTisGeometric:
+      return body(ImportanceRatio<ClampedWeight, true>(a));
+    case kMaskSequence:
+    case kMaskGeometric:
+      return body(ImportanceRatio<KeptWeight, true>(a));
+    default:  // kTis
+      return body(ImportanceRatio<ClampedWeight, false>(a));
+  }
+}
+
+// Three inputs per token; the second may be absent, the third come as one value per sequence.
 struct LossInputs {
   View live, constant, target;
   bool target_per_sequence;
@@ -225,6 +313,9 @@ inline LossInputs inputs_of(const ClippedLoss& a) {
 }
 inline LossInputs inputs_of(const ValueLoss& a) {
   return {a.values, a.old_values, a.returns, false};
+}
+inline LossInputs inputs_of(const ImportanceWeights& a) {
+  return {a.old_logprobs, View{}, a.rollout_logprobs, false};
 }
 
 }  // namespace PPOK_ISA

@@ -220,6 +220,27 @@ def value_loss(
     threads: int,
     /,
 ) -> Fault: ...
+def importance_weights(
+    old_logprobs: View,
+    rollout_logprobs: View,
+    kind: int,
+    low: float,
+    high: float,
+    mask: View,
+    cu_seqlens: View,
+    denominator: View,
+    rows: int,
+    cols: int,
+    sequences: int,
+    aggregation: int,
+    divisor: float,
+    norm_length: float,
+    loss: View,
+    stats: View,
+    gradient: View,
+    threads: int,
+    /,
+) -> Fault: ...
 def scale_gradient(
     gradient: View, upstream: View, count: int, scaled: View, threads: int, /
 ) -> Fault: ...

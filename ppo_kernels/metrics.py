@@ -30,6 +30,7 @@ POLICY_STATS = {
 }
 IMPORTANCE_STATS = {
     "tokens": "sum",
+    "sequences": "sum",
     "weight": "sum",
     "weight_square": "sum",
     "limited": "sum",
@@ -225,6 +226,11 @@ class ImportanceMetrics(NamedTuple):
     def tokens(self) -> Tensor:
         """Live tokens."""
         return self._stat("tokens")
+
+    @property
+    def sequences(self) -> Tensor:
+        """Sequences with a live token; 0 for packed tensors without cu_seqlens."""
+        return self._stat("sequences")
 
     @property
     def weight_mean(self) -> Tensor:

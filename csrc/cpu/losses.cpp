@@ -1,5 +1,5 @@
 // Policy and value loss: the aggregated loss, the sums behind every metric and the final gradient,
-// in one pass.
+// in one pass. And importance weights, in the place of gradients.
 //
 // Tokens are cut in row-major order into blocks of kBlock. Inside a block each lane sums every
 // kLanes-th token of each tile, in double, the terms of kGroup tokens first as floats where they
@@ -122,8 +122,9 @@ struct Pass {
       for (; i + L::kWidth <= n; i += L::kWidth) add(tile, i);
       if (i < n) add(Padded(tile, i, n - i).tile, 0);
     }
-    return Loss::statistic(sums.log_ratio.total(), sums.advantage.total(),
-                           counts.per_sequence[sequence]);
+    double totals[Loss::kOfSequenceSums];
+    sums.store(totals);
+    return loss.statistic(totals, counts.per_sequence[sequence]);
   }
 
   void run(int64_t from, int64_t stop, Total& total) const {
@@ -315,6 +316,10 @@ Fault clipped_loss(const ClippedLoss& a) {
 }
 
 Fault value_loss(const ValueLoss& a) {
+  return with_loss(a, [&](auto loss) { return reduce(loss, inputs_of(a), a.frame); });
+}
+
+Fault importance_weights(const ImportanceWeights& a) {
   return with_loss(a, [&](auto loss) { return reduce(loss, inputs_of(a), a.frame); });
 }
 

@@ -54,6 +54,10 @@ struct Sum<float> {
     low += a * a;
     high += b * b;
   }
+  PPOK_INLINE void add_difference(vfloat x, vfloat y) {
+    low += widen_low(x) - widen_low(y);
+    high += widen_high(x) - widen_high(y);
+  }
   double total() const { return sum_lanes(low + high); }
 };
 
@@ -62,6 +66,7 @@ struct Sum<double> {
   double value = 0.;
   PPOK_INLINE void add(double x) { value += x; }
   PPOK_INLINE void add_square(double x) { value += x * x; }
+  PPOK_INLINE void add_difference(double x, double y) { value += x - y; }
   double total() const { return value; }
 };
 

@@ -1,5 +1,6 @@
 // Policy and value loss: the aggregated loss, the sums behind every metric and the final gradient,
-// in one pass over the tokens and one merge of what its blocks summed.
+// in one pass over the tokens and one merge of what its blocks summed. And importance weights, in
+// the place of gradients.
 //
 // Tokens are cut in row-major order into groups, a thread sums every kStep-th vector of its group,
 // and a fixed tree adds threads and groups: bits depend on the order of the tokens alone. What the
@@ -144,10 +145,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
                  c.target_per_sequence ? read_one<T>(c.target.view, 0, s)
                                        : read_one<T>(c.target.view, run.row, i));
   }
-  const double sums[] = {sequence.log_ratio.total(), sequence.advantage.total()};
-  double totals[2];
+  double sums[Loss::kOfSequenceSums], totals[Loss::kOfSequenceSums];
+  sequence.store(sums);
   block_sum<kThreads>(sums, totals);
-  if (threadIdx.x == 0) c.statistics[s] = Loss::statistic(totals[0], totals[1], c.count_of(s));
+  if (threadIdx.x == 0) c.statistics[s] = loss.statistic(totals, c.count_of(s));
 }
 
 // ---- the pass over the tokens -------------------------------------------------------------------
@@ -348,6 +349,11 @@ const char* clipped_loss(const ClippedLoss& a, const Launch& to) { return launch
 
 int64_t value_loss_workspace(const ValueLoss& a) { return workspace_of(a); }
 const char* value_loss(const ValueLoss& a, const Launch& to) { return launch_of(a, to); }
+
+int64_t importance_weights_workspace(const ImportanceWeights& a) { return workspace_of(a); }
+const char* importance_weights(const ImportanceWeights& a, const Launch& to) {
+  return launch_of(a, to);
+}
 
 int64_t scale_gradient_workspace(const ScaleGradient&) { return 0; }
 const char* scale_gradient(const ScaleGradient& a, const Launch& to) {

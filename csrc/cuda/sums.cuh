@@ -29,6 +29,7 @@ struct Terms {
       const double wide = x;
       value += wide * wide;
     }
+    __device__ void add_difference(T x, T y) { value += static_cast<double>(x) - y; }
     __device__ double total() const { return value; }
   };
 

@@ -139,6 +139,45 @@ struct GeometricMean : SequenceVariant {
   }
 };
 
+// ---- importance ---------------------------------------------------------------------------------
+
+template <class V>
+struct Weight {
+  V weight;
+  Flag<V> limited;  // the ratio is outside of [low, high]
+};
+
+template <class V>
+PPOK_HD inline Flag<V> outside(V ratio, V low, V high) {
+  return (ratio > high) | (ratio < low);
+}
+
+struct ClampedWeight {
+  template <class V>
+  PPOK_HD static Weight<V> of(V ratio, V low, V high) {
+    const V bounded = ratio > high ? high : ratio;
+    return {ratio < low ? low : bounded, outside(ratio, low, high)};
+  }
+};
+
+struct BandedWeight {
+  template <class V>
+  PPOK_HD static Weight<V> of(V ratio, V low, V high) {
+    const Flag<V> limited = outside(ratio, low, high);
+    return {limited ? V{} : ratio, limited};
+  }
+};
+
+// 1 in the place of the ratio, but not of NaN.
+struct KeptWeight {
+  template <class V>
+  PPOK_HD static Weight<V> of(V ratio, V low, V high) {
+    const V kept = ratio == ratio ? V{} + 1.f : ratio;
+    const Flag<V> limited = outside(ratio, low, high);
+    return {limited ? V{} : kept, limited};
+  }
+};
+
 // ---- value --------------------------------------------------------------------------------------
 
 template <class V>

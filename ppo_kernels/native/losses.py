@@ -1,4 +1,4 @@
-"""clipped_loss, value_loss and scale_gradient."""
+"""clipped_loss, value_loss, importance_weights and scale_gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..metrics import POLICY_STATS, VALUE_STATS
+from ..metrics import IMPORTANCE_STATS, POLICY_STATS, VALUE_STATS
 from . import Native, rows, rows_cols
 
 
@@ -28,7 +28,8 @@ def clipped_loss(
     return _run(
         native,
         native.module.clipped_loss,
-        (logprobs, old_logprobs, advantages),
+        logprobs,
+        (old_logprobs, advantages),
         (advantages.shape != logprobs.shape, variant, *numbers(low, high, dual, log_ratio_clamp)),
         len(POLICY_STATS),
         *frame,
@@ -47,11 +48,34 @@ def value_loss(
     return _run(
         native,
         native.module.value_loss,
-        (values, old_values, returns),
-        (_or_inf(clip), _or_inf(huber_delta)),
+        values,
+        (old_values, returns),
+        (or_inf(clip), or_inf(huber_delta)),
         len(VALUE_STATS),
         *frame,
     )
+
+
+def importance_weights(
+    native: Native,
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    kind: int,
+    low: float,
+    high: float,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    _, stats, weights = _run(
+        native,
+        native.module.importance_weights,
+        old_logprobs,
+        (rollout_logprobs,),
+        (kind, low, high),
+        len(IMPORTANCE_STATS),
+        *unscaled(mask, cu_seqlens),
+    )
+    return weights, stats
 
 
 def scale_gradient(
@@ -76,17 +100,23 @@ def numbers(
     low: float, high: float, dual: float | None, log_ratio_clamp: float | None
 ) -> tuple[float, float, float, float]:
     """What kernels are told of a policy's settings."""
-    return low, high, _or_inf(dual), _or_inf(log_ratio_clamp)
+    return low, high, or_inf(dual), or_inf(log_ratio_clamp)
 
 
-def _or_inf(bound: float | None) -> float:
+def or_inf(bound: float | None) -> float:
     return math.inf if bound is None else bound
+
+
+def unscaled(mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Any, ...]:
+    """The frame of a sum of tokens: gradients are slopes, times 1."""
+    return mask, cu_seqlens, 1, None, 1.0, None, True
 
 
 def _run(
     native: Native,
     kernel: Any,
-    tokens: tuple[Tensor, Tensor | None, Tensor],
+    live: Tensor,
+    others: tuple[Tensor | None, ...],
     settings: tuple[Any, ...],
     stats_size: int,
     mask: Tensor | None,
@@ -97,7 +127,7 @@ def _run(
     norm_length: float | None,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    live = tokens[0]
+    tokens = (live, *others)
     dtype = torch.float32
     for t in tokens:
         if t is not None and t.dtype == torch.float64:

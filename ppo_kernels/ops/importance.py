@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _checks
+from .._op import Op, count
+from ..cpu import kernel as cpu
+from ..cuda import kernel as cuda
 from ..metrics import IMPORTANCE_STATS, ImportanceMetrics
+from ..native import losses as native
+from ..triton import kernel as triton
 from . import _aggregation
-from ._aggregation import Batch
+from ._aggregation import Batch, Frame
 
 
 class ImportanceWeights(NamedTuple):
@@ -61,6 +66,7 @@ def _outside(ratio: Tensor, low: float, high: float) -> Tensor:
 
 _TIS = "Yao et al. 2025, https://fengyao.notion.site/off-policy-rl"
 _MASKS = "Liu et al. 2025, https://richardli.xyz/rl-collapse"
+# In the order of enum Correction in csrc/kernels.h.
 CORRECTIONS = {
     "tis": Correction("clip(r, low, high)", _TIS, _token, _clamp),
     "tis-sequence": Correction("clip(prod r, low, high)", _MASKS, _product, _clamp),
@@ -87,6 +93,7 @@ def importance_weights(
     low: float = 0.0,
     high: float,
     cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
 ) -> ImportanceWeights:
     r"""Importance weights of tokens that were sampled by another engine than the policy's own.
 
@@ -114,7 +121,7 @@ def importance_weights(
 
     Truncated importance sampling: Yao et al. 2025, https://fengyao.notion.site/off-policy-rl.
     IcePop: Ling Team 2025, arXiv:2510.18855. Of sequences: Liu et al. 2025,
-    https://richardli.xyz/rl-collapse. Runs as torch operations wherever the tensors are.
+    https://richardli.xyz/rl-collapse.
 
     Equivalent to, for tis::
 
@@ -129,11 +136,12 @@ def importance_weights(
         high: The upper bound, at least low. A sequence's product needs a wider band than a ratio.
         cu_seqlens: [S + 1] int32 or int64, the offsets of the sequences in packed tensors; needed
             for kinds of sequences.
+        backend: See `use_backend`.
 
     Returns:
         ``ImportanceWeights(weights, metrics)``: weights shaped as old_logprobs, fp32 (fp64 if an
-        input is), computed in fp64 and rounded once, 0 under the mask, constants; and
-        `ImportanceMetrics` of 0-d tensors. A NaN in a live input gives NaN.
+        input is), 0 under the mask, constants; and `ImportanceMetrics` of 0-d tensors. A NaN in a
+        live input gives NaN, in all weights of its sequence where they depend on the sequence.
 
     Raises:
         TypeError, ValueError: Naming the argument, what was given and what was expected.
@@ -157,21 +165,58 @@ def importance_weights(
             f"cu_seqlens: expected offsets, as kind {kind!r} needs the sequences of packed "
             "old_logprobs, got None"
         )
-    with torch.no_grad():
-        batch = Batch(old_logprobs, frame)
-        wide = torch.float64
-        x = batch.select(old_logprobs, wide) - batch.select(rollout_logprobs, wide)
-        ratio = correction.log_ratio(batch, x).exp()
-        weights = torch.where(batch.live, correction.weigh(ratio, low, high), 0.0)
-        limited = batch.live & _outside(ratio, low, high)
-        named = {
-            "tokens": batch.live.sum(),
-            "weight": weights.sum(),
-            "weight_square": weights.square().sum(),
-            "limited": limited.sum(),
-            "k1": -x.sum(),
-            "k3": torch.where(x.abs() < 1, torch.expm1(x) - x, x.exp() - 1 - x).sum(),
-        }
-        stats = torch.stack([named[name].double() for name in IMPORTANCE_STATS])
-        weights = weights.to(_checks.compute_dtype(old_logprobs, rollout_logprobs))
+    served_by = _WEIGHTS.resolve(old_logprobs.device, backend)
+    if served_by == "torch":
+        count("importance_weights", "torch")
+        weights, stats = _reference(old_logprobs, rollout_logprobs, correction, low, high, frame)
+    else:
+        code = list(CORRECTIONS).index(kind)
+        weights, stats = _WEIGHTS(
+            old_logprobs, rollout_logprobs, code, low, high, mask, cu_seqlens, served_by
+        )
     return ImportanceWeights(weights, ImportanceMetrics(stats))
+
+
+@torch.no_grad()
+def _reference(
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    correction: Correction,
+    low: float,
+    high: float,
+    frame: Frame,
+) -> tuple[Tensor, Tensor]:
+    """In fp64, rounded once."""
+    batch = Batch(old_logprobs, frame)
+    wide = torch.float64
+    x = batch.select(old_logprobs, wide) - batch.select(rollout_logprobs, wide)
+    ratio = correction.log_ratio(batch, x).exp()
+    weights = torch.where(batch.live, correction.weigh(ratio, low, high), 0.0)
+    named = {
+        "tokens": batch.live.sum(),
+        "sequences": batch.live_sequences(),
+        "weight": weights.sum(),
+        "weight_square": weights.square().sum(),
+        "limited": (batch.live & _outside(ratio, low, high)).sum(),
+        "k1": -x.sum(),
+        "k3": torch.where(x.abs() < 1, torch.expm1(x) - x, x.exp() - 1 - x).sum(),
+    }
+    stats = torch.stack([named[name].double() for name in IMPORTANCE_STATS])
+    return weights.to(_checks.compute_dtype(old_logprobs, rollout_logprobs)), stats
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    _, stats, weights = _aggregation.fake(len(IMPORTANCE_STATS), args[:2], True)
+    return weights, stats
+
+
+_WEIGHTS = Op(
+    "importance_weights",
+    "(Tensor old_logprobs, Tensor rollout_logprobs, int kind, float low, float high, "
+    "Tensor? mask, Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    function="importance_weights",
+    fake=_fake,
+    cpu=cpu(native.importance_weights),
+    cuda=cuda(native.importance_weights),
+    triton=triton("losses_importance", "importance_weights"),
+)

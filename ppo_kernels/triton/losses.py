@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _checks, _faults
 from ..metrics import POLICY_STATS, VALUE_STATS
+from ..native.losses import numbers, or_inf
 from ..ops._aggregation import AGGREGATIONS
 from . import _configs
 from ._launch import as_bytes, launch, strides
@@ -136,7 +137,7 @@ def scale_kernel(
 
 
 @triton.jit
-def _find_sequence(i, offsets, offsets_t, length, sequences, steps):
+def find_sequence(i, offsets, offsets_t, length, sequences, steps):
     """The sequence of each token, by bisection of the offsets in `steps` steps."""
     if offsets is None:
         low = (i // length).to(tl.int64)
@@ -153,12 +154,12 @@ def _find_sequence(i, offsets, offsets_t, length, sequences, steps):
 
 
 @triton.jit
-def _sum(x):
+def block_sum(x):
     return tree_sum(x.to(tl.float64))
 
 
 @triton.jit
-def _count(condition):
+def block_count(condition):
     return tl.sum(condition.to(tl.int32), axis=0).to(tl.float64)  # exact: whole numbers
 
 
@@ -170,7 +171,7 @@ def _largest(x):
 
 
 @triton.jit
-def _write_tokens(
+def write_tokens(
     i, inside, live, token_loss, slope, offsets, offsets_t, length, sequences, steps,
     sequence_counts, scale, gradient, weighted,
     MEAN_PER_SEQUENCE: tl.constexpr, DTYPE: tl.constexpr,
@@ -180,31 +181,24 @@ def _write_tokens(
     if MEAN_PER_SEQUENCE:
         count = length
         if sequence_counts is not None:
-            sequence = _find_sequence(i, offsets, offsets_t, length, sequences, steps)
+            sequence = find_sequence(i, offsets, offsets_t, length, sequences, steps)
             count = tl.load(sequence_counts + sequence, mask=live, other=1)
         weight = weight * reciprocal(count.to(tl.float64))
-        tl.store(weighted, _sum(token_loss * weight.to(DTYPE)))
+        tl.store(weighted, block_sum(token_loss * weight.to(DTYPE)))
     if gradient is not None:
         store_tokens(gradient, i, tl.where(live, slope * weight.to(DTYPE), 0.0), inside)
 
 
 # The rest decides how wide loads are; anything else specialized is one JIT more.
-_UNSPECIALIZED = (
+UNSPECIALIZED = (
     "live_b", "constant_b", "target_b", "mask_b", "cols", "offsets_t", "length", "sequences",
     "steps", "blocks",
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def statistic_kernel(
-    live, live_b, live_t, constant, constant_b, constant_t, target, target_b, target_t,
-    mask, mask_b, mask_t, tokens, cols, offsets, offsets_t, length, sequences,
-    sequence_counts, statistics, low: tl.float64, high: tl.float64, limit: tl.float64,
-    TARGET_PER_SEQUENCE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr, VARIANT: tl.constexpr,
-):  # fmt: skip
-    """One program per sequence: what its tokens need of it, summed from its first token on."""
-    k = tl.program_id(0)
+@triton.jit
+def sequence_range(k, tokens, offsets, offsets_t, length, sequences, sequence_counts):
+    """Begin and end of sequence k, and how many of its tokens are live."""
     if offsets is None:
         begin = (k + 0 * tokens) * length
         end = begin + length
@@ -214,6 +208,22 @@ def statistic_kernel(
         end, _end_wrong = load_offset(offsets, offsets_t, k + 1, sequences, tokens)
     if sequence_counts is not None:
         count = tl.load(sequence_counts + k)
+    return begin, end, count
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def statistic_kernel(
+    live, live_b, live_t, constant, constant_b, constant_t, target, target_b, target_t,
+    mask, mask_b, mask_t, tokens, cols, offsets, offsets_t, length, sequences,
+    sequence_counts, statistics, low: tl.float64, high: tl.float64, limit: tl.float64,
+    TARGET_PER_SEQUENCE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, VARIANT: tl.constexpr,
+):  # fmt: skip
+    """One program per sequence: what its tokens need of it, summed from its first token on."""
+    k = tl.program_id(0)
+    begin, end, count = sequence_range(
+        k, tokens, offsets, offsets_t, length, sequences, sequence_counts
+    )
     log_ratios = tl.zeros([BLOCK], tl.float64)
     advantages = tl.zeros([BLOCK], tl.float64)
     for start in range(begin, end, BLOCK):
@@ -238,7 +248,7 @@ def statistic_kernel(
     tl.store(statistics + k, ratio)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def policy_kernel(
     live, live_b, live_t, constant, constant_b, constant_t, target, target_b, target_t,
     mask, mask_b, mask_t, tokens, cols, offsets, offsets_t, length, sequences, steps,
@@ -254,14 +264,14 @@ def policy_kernel(
         constant, constant_b, constant_t, i, inside, is_live, cols, FLAT, DTYPE
     )
     if TARGET_PER_SEQUENCE:
-        sequence = _find_sequence(i, offsets, offsets_t, length, sequences, steps)
+        sequence = find_sequence(i, offsets, offsets_t, length, sequences, steps)
         found = is_live & (sequence < sequences)
         advantage = tl.load(target + sequence * target_t, mask=found, other=0.0).to(DTYPE)
     else:
         advantage = load_live(target, target_b, target_t, i, inside, is_live, cols, FLAT, DTYPE)
     of_sequence = None
     if statistics is not None:
-        sequence = _find_sequence(i, offsets, offsets_t, length, sequences, steps)
+        sequence = find_sequence(i, offsets, offsets_t, length, sequences, steps)
         found = is_live & (sequence < sequences)
         of_sequence = tl.load(statistics + sequence, mask=found, other=0.0)
     x = clamp(moved, limit.to(DTYPE))
@@ -272,25 +282,25 @@ def policy_kernel(
     )  # fmt: skip
 
     partials += tl.program_id(0)
-    _write_tokens(
+    write_tokens(
         i, inside, is_live, token_loss, slope, offsets, offsets_t, length, sequences, steps,
         sequence_counts, scale, gradient, partials + 11 * blocks, MEAN_PER_SEQUENCE, DTYPE,
     )  # fmt: skip
     live_ratio = tl.where(is_live, ratio, 0.0).to(tl.float64)
-    tl.store(partials, _sum(token_loss))
-    tl.store(partials + blocks, _sum(0.0 - advantage * ratio))
-    tl.store(partials + 2 * blocks, _count(above_high))
-    tl.store(partials + 3 * blocks, _count(below_low))
-    tl.store(partials + 4 * blocks, _count(above_dual))
-    tl.store(partials + 5 * blocks, _sum(0.0 - x))
-    tl.store(partials + 6 * blocks, _sum(k3))
-    tl.store(partials + 7 * blocks, _sum(live_ratio))
-    tl.store(partials + 8 * blocks, _sum(live_ratio * live_ratio))
+    tl.store(partials, block_sum(token_loss))
+    tl.store(partials + blocks, block_sum(0.0 - advantage * ratio))
+    tl.store(partials + 2 * blocks, block_count(above_high))
+    tl.store(partials + 3 * blocks, block_count(below_low))
+    tl.store(partials + 4 * blocks, block_count(above_dual))
+    tl.store(partials + 5 * blocks, block_sum(0.0 - x))
+    tl.store(partials + 6 * blocks, block_sum(k3))
+    tl.store(partials + 7 * blocks, block_sum(live_ratio))
+    tl.store(partials + 8 * blocks, block_sum(live_ratio * live_ratio))
     tl.store(partials + 9 * blocks, _largest(tl.where(is_live, ratio, -INF)))
     tl.store(partials + 10 * blocks, _largest(tl.where(is_live, -ratio, -INF)))
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def value_kernel(
     live, live_b, live_t, constant, constant_b, constant_t, target, target_b, target_t,
     mask, mask_b, mask_t, tokens, cols, offsets, offsets_t, length, sequences, steps,
@@ -310,18 +320,18 @@ def value_kernel(
     )
 
     partials += tl.program_id(0)
-    _write_tokens(
+    write_tokens(
         i, inside, is_live, token_loss, slope, offsets, offsets_t, length, sequences, steps,
         sequence_counts, scale, gradient, partials + 7 * blocks, MEAN_PER_SEQUENCE, DTYPE,
     )  # fmt: skip
     error = (value - target).to(tl.float64)
-    tl.store(partials, _sum(token_loss))
-    tl.store(partials + blocks, _count(clipped))
-    tl.store(partials + 2 * blocks, _sum(value))
-    tl.store(partials + 3 * blocks, _sum(target))
-    tl.store(partials + 4 * blocks, _sum(error))
-    tl.store(partials + 5 * blocks, _sum(error * error))
-    tl.store(partials + 6 * blocks, _sum(target.to(tl.float64) * target.to(tl.float64)))
+    tl.store(partials, block_sum(token_loss))
+    tl.store(partials + blocks, block_count(clipped))
+    tl.store(partials + 2 * blocks, block_sum(value))
+    tl.store(partials + 3 * blocks, block_sum(target))
+    tl.store(partials + 4 * blocks, block_sum(error))
+    tl.store(partials + 5 * blocks, block_sum(error * error))
+    tl.store(partials + 6 * blocks, block_sum(target.to(tl.float64) * target.to(tl.float64)))
 
 
 @triton.jit(do_not_specialize=("blocks",))
@@ -384,12 +394,15 @@ def clipped_loss(
     variant: int,
     *frame: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _run(
+    settings = numbers(low, high, dual, log_ratio_clamp)
+    of_sequence = (statistic_kernel, (low, high, settings[-1]))
+    return run(
         policy_kernel,
         (logprobs, old_logprobs, advantages),
         advantages.shape != logprobs.shape,
-        numbers(low, high, dual, log_ratio_clamp),
+        settings,
         variant,
+        of_sequence if variant in _OF_SEQUENCE else None,
         POLICY_STATS,
         *frame,
     )
@@ -403,11 +416,12 @@ def value_loss(
     huber_delta: float | None,
     *frame: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _run(
+    return run(
         value_kernel,
         (values, old_values, returns),
         False,
-        (_or_inf(clip), _or_inf(huber_delta)),
+        (or_inf(clip), or_inf(huber_delta)),
+        None,
         None,
         VALUE_STATS,
         *frame,
@@ -433,27 +447,17 @@ def _scale(gradient: Tensor, upstream: Tensor, to: Tensor) -> None:
     )  # fmt: skip
 
 
-def numbers(
-    low: float, high: float, dual: float | None, log_ratio_clamp: float | None
-) -> tuple[float, float, float, float]:
-    """What `policy_loss` is told of a policy's settings."""
-    return low, high, _or_inf(dual), _or_inf(log_ratio_clamp)
-
-
-def _or_inf(bound: float | None) -> float:
-    return float("inf") if bound is None else bound
-
-
 def _config(dtype: torch.dtype) -> _configs.Config:
     return _configs.TOKENS_FP64 if dtype == torch.float64 else _configs.TOKENS
 
 
-def _run(
+def run(
     kernel: Any,
     inputs: tuple[Tensor, Tensor | None, Tensor],
     target_per_sequence: bool,
     settings: tuple[Any, ...],
     variant: int | None,
+    of_sequence: tuple[Any, tuple[float, ...]] | None,
     names: dict[str, str],
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -463,6 +467,7 @@ def _run(
     norm_length: float | None,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """All launches of a loss; `of_sequence`: the kernel of its statistics, and its settings."""
     live, constant, target = inputs
     dtype = _checks.compute_dtype(*(t for t in inputs if t is not None))
     loss = live.new_empty((), dtype=dtype)
@@ -521,12 +526,12 @@ def _run(
     }  # fmt: skip
     if variant is not None:
         shared["VARIANT"] = variant
-        low, high, _, limit = settings
         statistics = None
-        if variant in _OF_SEQUENCE:
+        if of_sequence is not None:
+            statistic, of_statistic = of_sequence
             statistics = live.new_empty(sequences, dtype=dtype)
             launch(
-                statistic_kernel, sequences, *where, sequence_counts, statistics, low, high, limit,
+                statistic, sequences, *where, sequence_counts, statistics, *of_statistic,
                 config=config, **shared,
             )  # fmt: skip
         settings = (*settings, statistics)

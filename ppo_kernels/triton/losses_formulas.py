@@ -11,6 +11,12 @@ SAPO = tl.constexpr(2)
 GPG = tl.constexpr(3)
 GSPO = tl.constexpr(4)
 GMPO = tl.constexpr(5)
+# enum Correction.
+TIS = tl.constexpr(0)
+TIS_SEQUENCE = tl.constexpr(1)
+TIS_GEOMETRIC = tl.constexpr(2)
+ICEPOP = tl.constexpr(3)
+MASK_GEOMETRIC = tl.constexpr(5)
 
 
 @triton.jit
@@ -82,6 +88,19 @@ def policy_loss(
     if VARIANT != CISPO and VARIANT != GPG:  # noqa: PLR1714
         slope = tl.where((moved > limit) | (moved < -limit), 0.0, slope)
     return loss, slope, above_high, below_low, above_dual
+
+
+@triton.jit
+def importance_weight(ratio, low, high, KIND: tl.constexpr):
+    """The weight, and whether the ratio is outside of [low, high]."""
+    outside = (ratio > high) | (ratio < low)
+    if KIND == TIS or KIND == TIS_SEQUENCE or KIND == TIS_GEOMETRIC:  # noqa: PLR1714, SIM109
+        weight = tl.where(ratio > high, high, tl.where(ratio < low, low, ratio))
+    elif KIND == ICEPOP:
+        weight = tl.where(outside, 0.0, ratio)
+    else:
+        weight = tl.where(outside, 0.0, tl.where(isnan(ratio), ratio, 1.0))
+    return weight, outside
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from .. import _faults
 from .._devices import processors
 from ..native import ppo_loss, two_leading
 from ..native.kl import ESTIMATORS
+from ..native.losses import numbers
 from ..native.ppo_loss import Kernels, Tail
 from ..ops._objective import Objective
 from . import kl, logprob, losses, moments
@@ -155,7 +156,7 @@ def _score_and_differentiate(
         o.old_logprobs, o.advantages, o.ref_logprobs if o.kl_coef else None,
         tail.weights.expand(tokens.shape),
     )  # fmt: skip
-    policy = losses.numbers(*o.policy[:4])
+    policy = numbers(*o.policy[:4])
     launch(
         rows_kernel, call.rows, *call.where, *(x for t in where for x in (t, *strides(t))),
         o.loss_scale, logprobs, entropies, state, _faults.flag(logits.device),

@@ -4,6 +4,7 @@ from ..case import Case
 from . import (
     categorical_kl,
     categorical_kl_hidden,
+    importance,
     kept,
     kl,
     logprob,
@@ -21,6 +22,7 @@ CASES: list[Case] = [
     *categorical_kl.cases(),
     *categorical_kl_hidden.cases(),
     *losses.cases(),
+    *importance.cases(),
     *ppo_loss.cases(),
     *scan.cases(),
     *moments.cases(),
