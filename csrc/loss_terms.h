@@ -194,7 +194,7 @@ struct ImportanceRatio : PlainSums<5> {
   double low, high;
   bool mean;
 
-  PPOK_HD explicit ImportanceRatio(const ImportanceWeights& a)
+  explicit ImportanceRatio(const ImportanceWeights& a)
       : low(a.low), high(a.high), mean(a.kind == kTisGeometric || a.kind == kMaskGeometric) {}
 
   template <class Terms>

@@ -10,6 +10,7 @@ import torch
 
 import ppo_kernels as pk
 from ppo_kernels._kept import Sets
+from ppo_kernels.ops.importance import CORRECTIONS
 from ppo_kernels.triton import logprob_kept
 
 
@@ -258,6 +259,28 @@ def _losses() -> Iterator[Launch]:
         yield launch("clipped_loss", single, (65536,), variant, masked=True, variant=variant)
 
 
+def _importance() -> Iterator[Launch]:
+    def launch(kind: str, dtype: torch.dtype, shape: tuple[int, ...], label: str = "") -> Launch:
+        def call() -> None:
+            make = _tokens_of(shape, dtype, label)
+            packed = {"cu_seqlens": meta(65, dtype=torch.int32)} if len(shape) == 1 else {}
+            mask = meta(*shape, dtype=torch.bool)
+            pk.importance_weights(
+                make(), make(), mask, kind=kind, high=2.0, **packed, backend="triton"
+            )
+
+        words = ["importance_weights", kind, str(dtype).removeprefix("torch."), f"{list(shape)}"]
+        quick = (kind, dtype) == ("tis-geometric", torch.bfloat16)
+        return Launch("losses", " ".join(filter(None, [*words, label])), call, quick)
+
+    for kind in CORRECTIONS:
+        yield launch(kind, torch.bfloat16, (8, 1024))
+    for kind in ("tis", "tis-geometric"):
+        yield launch(kind, torch.float32, (65536,))
+        yield launch(kind, torch.float64, (8, 1024))
+        yield launch(kind, torch.float32, (8, 1024), "shifted")
+
+
 def _kl() -> Iterator[Launch]:
     def launch(
         estimator: str,
@@ -394,6 +417,7 @@ LAUNCHES: list[Launch] = [
     *_moments(),
     *_categorical_kl(),
     *_losses(),
+    *_importance(),
     *_kl(),
     *_scan(),
     *_ppo_loss(),

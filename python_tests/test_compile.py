@@ -10,6 +10,7 @@ import ppo_kernels as pk
 KERNELS = kernels(
     *("logprobs_from_logits", "shape_rewards", "gae", "whiten", "clipped_loss", "value_loss"),
     *("kl_penalty", "masked_mean", "masked_sum", "discounted_returns", "vtrace"),
+    "importance_weights",
 )
 
 
@@ -26,6 +27,10 @@ def step(logits, values, batch):
         rewards, batch["old_values"], gamma=1.0, lam=0.95, mask=mask, mask_convention="truncate"
     )
     advantages = pk.whiten(advantages, mask)
+    weights, corrected = pk.importance_weights(
+        batch["old_logprobs"], batch["ref_logprobs"], mask, kind="tis-geometric", high=2.0
+    )
+    advantages = advantages * weights
     policy = pk.clipped_loss(logprobs, batch["old_logprobs"], advantages, mask, clip_high=0.3)
     value = pk.value_loss(values, batch["old_values"], returns, mask)
     penalty = pk.kl_penalty(logprobs, batch["ref_logprobs"], mask, estimator="k3", gradient="k2")
@@ -41,7 +46,8 @@ def step(logits, values, batch):
         mask=mask, mask_convention="truncate",
     )  # fmt: skip
     loss = loss - pk.masked_mean(targets.advantages * logprobs, mask)
-    return loss, policy.metrics.kl_k1, value.metrics.explained_variance, kl, returned, *targets
+    measured = policy.metrics.kl_k1, value.metrics.explained_variance, corrected.ess
+    return loss, *measured, kl, returned, *targets
 
 
 def example():

@@ -37,6 +37,15 @@ def loss_of_sequences():
     return results(pk.clipped_loss, BACKEND, inputs, mask, variant="gspo", cu_seqlens=ends)
 
 
+def weights():
+    (old, rollout, _), mask = example(BACKEND, 4500)
+    ends = offsets(BACKEND, 0, 3, 700, 701, 701, 4500)
+    made, metrics = pk.importance_weights(
+        old, rollout, mask, kind="tis-geometric", high=1.01, cu_seqlens=ends, backend=BACKEND
+    )
+    return made, metrics.stats
+
+
 def padded_loss():
     inputs, mask = example(BACKEND, 3, 701)
     return results(pk.value_loss, BACKEND, inputs, mask, aggregation="seq-mean-token-sum")
@@ -64,7 +73,7 @@ def sums():
     return [pk.masked_mean(x, mask, dim, backend=BACKEND) for dim in (None, 0, 1, 2)]
 
 
-CALLS = [packed_loss, loss_of_sequences, padded_loss, rewards, whitened, sums]
+CALLS = [packed_loss, loss_of_sequences, weights, padded_loss, rewards, whitened, sums]
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -310,6 +310,7 @@ def test_a_gradient_of_2_31_logits_in_their_place():
     ("categorical_kl", ""),
     ("clipped_loss", ""),
     ("value_loss", ""),
+    ("importance_weights", "tis"),
     ("kl_penalty", "k3"),
     ("shape_rewards", ""),
     ("gae", ""),

@@ -128,6 +128,20 @@ def test_bad_offsets_give_nan_and_are_raised_by_check(backend, function, bad, wh
 
 @EACH
 @pytest.mark.parametrize(("bad", "where"), BAD_OFFSETS)
+def test_bad_offsets_of_weights_give_nan_and_are_raised_by_check(backend, bad, where):
+    (a, b, _), mask = example(backend, 9)
+    for kind in ("tis", "mask-geometric"):
+        cu_seqlens = torch.tensor(bad, device=mask.device)
+        weights, _ = pk.importance_weights(
+            a, b, mask, kind=kind, high=2.0, cu_seqlens=cu_seqlens, backend=backend
+        )
+        assert torch.equal(weights.isnan(), mask)
+        with pytest.raises(ValueError, match=f"cu_seqlens: .* flat position {where} in"):
+            pk.check()
+
+
+@EACH
+@pytest.mark.parametrize(("bad", "where"), BAD_OFFSETS)
 def test_bad_offsets_of_rewards_are_raised_by_check(backend, bad, where):
     (a, b, _), mask = example(backend, 9)
     scores, cu_seqlens = torch.ones(len(bad) - 1), torch.tensor(bad)

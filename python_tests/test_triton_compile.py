@@ -61,6 +61,7 @@ def test_contiguous_half_precision_has_128_bit_loads(target):
     for family, label, kernel in (
         ("losses", "clipped_loss bfloat16 [8, 1024]", "policy_kernel"),
         ("losses", "value_loss float16 [65536]", "value_kernel"),
+        ("losses", "importance_weights tis bfloat16 [8, 1024]", "importance_kernel"),
         ("kl", "k3 bfloat16 [8, 1024]", "slope_kernel"),
         ("moments", "whiten bfloat16 rows=64", "whiten_kernel"),
     ):

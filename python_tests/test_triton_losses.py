@@ -93,9 +93,8 @@ def test_inputs_are_not_copied(monkeypatch):
     assert seen[-1][1][0].data_ptr() == a.data_ptr()
 
 
-@FUNCTIONS
-def test_no_number_of_a_call_is_a_compile_time_constant(monkeypatch, function):
-    """One more JIT per clip range, length or batch would never be noticed by a value test."""
+def spied(monkeypatch):
+    """A list of calls, to the last of which is added what is launched."""
     calls = []
 
     def spy(kernel, programs, *args, config, **constants):
@@ -103,6 +102,24 @@ def test_no_number_of_a_call_is_a_compile_time_constant(monkeypatch, function):
         _launch.launch(kernel, programs, *args, config=config, **constants)
 
     monkeypatch.setattr(losses, "launch", spy)
+    return calls
+
+
+def test_no_bound_of_weights_is_a_compile_time_constant(monkeypatch):
+    calls = spied(monkeypatch)
+    for shape, low, high in (((2, 7), 0.5, 2.0), ((5, 90), 0.0, 1), ((1, 3000), 1.0, 1e9)):
+        calls.append([])
+        (old, rollout, _), mask = example("triton", *shape)
+        bounds = {"low": low, "high": high}
+        pk.importance_weights(old, rollout, mask, kind="mask-sequence", **bounds, backend="triton")
+    assert calls[0] == calls[1] == calls[2]
+    assert len(calls[0]) == 6
+
+
+@FUNCTIONS
+def test_no_number_of_a_call_is_a_compile_time_constant(monkeypatch, function):
+    """One more JIT per clip range, length or batch would never be noticed by a value test."""
+    calls = spied(monkeypatch)
     settings = (
         ((2, 7), dict(denominator=3.0)),
         ((5, 90), dict(denominator=0.5)),

@@ -218,6 +218,22 @@ def _value_loss(g: torch.Generator, shape: Shape) -> Inputs:
     }
 
 
+def _importance_weights(g: torch.Generator, shape: Shape, kind: str = "tis") -> Inputs:
+    old = _normal(g, shape).abs_().neg_()
+    spread = 0.2 if kind == "tis" else 0.2 * shape[-1] ** -0.5
+    return {
+        "old_logprobs": old,
+        "rollout_logprobs": _normal(g, shape).mul_(spread).add_(old),
+        "mask": _responses(g, shape),
+        "kind": kind,
+        "high": 1.2,
+    }
+
+
+def _tis_sequence(g: torch.Generator, shape: Shape) -> Inputs:
+    return _importance_weights(g, shape, "tis-sequence")
+
+
 def _kl_penalty(g: torch.Generator, shape: Shape, estimator: str = "k3") -> Inputs:
     return _policy(g, shape, "ref_logprobs") | {"estimator": estimator}
 
@@ -373,6 +389,22 @@ _ALL = (
     Benchmark("clipped_loss", "", _clipped_loss, ("logprobs",), (8, 512), of_tokens.CLIPPED_LOSS),
     Benchmark("value_loss", "", _value_loss, ("values",), (8, 512), of_tokens.VALUE_LOSS),
     Benchmark(
+        "importance_weights",
+        "tis",
+        _importance_weights,
+        (),
+        (8, 512),
+        of_tokens.IMPORTANCE_WEIGHTS,
+    ),
+    Benchmark(
+        "importance_weights",
+        "tis-sequence",
+        _tis_sequence,
+        (),
+        (8, 512),
+        of_tokens.IMPORTANCE_WEIGHTS,
+    ),
+    Benchmark(
         "kl_penalty",
         "k3",
         _kl_penalty,
@@ -414,7 +446,7 @@ FUNCTIONS = tuple(dict.fromkeys(function for function, _ in BENCHMARKS))
 
 OF_HIDDEN = ("logprobs_from_hidden", "categorical_kl_from_hidden", "ppo_loss_from_hidden")
 # Under PPO these make targets and rewards, and nothing flows back through them.
-CONSTANTS = ("gae", "discounted_returns", "shape_rewards", "vtrace")
+CONSTANTS = ("gae", "discounted_returns", "importance_weights", "shape_rewards", "vtrace")
 
 
 # ---- sizes --------------------------------------------------------------------------------------

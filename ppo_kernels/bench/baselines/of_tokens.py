@@ -111,6 +111,48 @@ VALUE_LOSS = {
 }
 
 
+def _importance_weights(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, kind: str, high: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """With the metrics of `ImportanceMetrics`, without waiting for the device."""
+    count = mask.sum()
+    log_ratio = torch.where(mask, old_logprobs.float() - rollout_logprobs.float(), 0)
+    ratio = log_ratio.exp()
+    bounded = log_ratio.sum(-1, keepdim=True).exp() if kind == "tis-sequence" else ratio
+    weights = torch.where(mask, bounded.clamp(max=high), 0)
+    total = weights.sum()
+    metrics = {
+        "tokens": count,
+        "weight_mean": total / count,
+        "limited_fraction": (mask & (bounded > high)).sum() / count,
+        "kl_k1": -log_ratio.sum() / count,
+        "kl_k3": (ratio - 1 - log_ratio).sum() / count,
+        "ess": total.square() / (count * weights.square().sum()),
+    }
+    return weights, metrics
+
+
+def _verl_importance_weights(function: Function) -> Function:
+    def call(
+        old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, kind: str, high: float
+    ) -> tuple[Tensor, dict[str, Any]]:
+        old, rollout, live = _floats(old_logprobs, rollout_logprobs, mask)
+        level = "sequence" if kind == "tis-sequence" else "token"
+        return function(old - rollout, live, rollout_is=level, rollout_is_threshold=high)
+
+    return call
+
+
+IMPORTANCE_WEIGHTS = {
+    **torch_and_inductor(_importance_weights),
+    "verl": peer(
+        "verl.trainer.ppo.rollout_corr_helper",
+        "compute_rollout_correction_weights",
+        _verl_importance_weights,
+    ),
+}
+
+
 def _kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: str) -> Tensor:
     log_ratio = torch.where(mask, logprobs.float() - ref_logprobs.float(), 0)
     return log_ratio if estimator == "k1" else torch.expm1(-log_ratio) + log_ratio
