@@ -39,16 +39,22 @@ def speed() -> str:
 
 
 def variants() -> str:
-    backends = ", ".join(b for b in BACKENDS if b == "torch" or b in OPS["clipped_loss"].kernels)
     rows = [["variant", "loss of a token", "kind", "backends", "paper"]]
     for name, v in VARIANTS.items():
-        rows.append([f"`{name}`", v.formula.replace("|", r"\|"), v.kind, backends, v.paper])
+        formula = v.formula.replace("|", r"\|")
+        rows.append([f"`{name}`", formula, v.kind, backends("clipped_loss"), v.paper])
     return info.markdown(rows)
 
 
 def corrections() -> str:
-    rows = [[f"`{name}`", c.formula, c.paper] for name, c in CORRECTIONS.items()]
-    return info.markdown([["kind", "weight", "source"], *rows])
+    rows = [["kind", "weight", "backends", "source"]]
+    for name, c in CORRECTIONS.items():
+        rows.append([f"`{name}`", c.formula, backends("importance_weights"), c.paper])
+    return info.markdown(rows)
+
+
+def backends(op: str) -> str:
+    return ", ".join(b for b in BACKENDS if b == "torch" or b in OPS[op].kernels)
 
 
 def replaced() -> str:

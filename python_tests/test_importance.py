@@ -96,7 +96,10 @@ def test_weights_are_within_a_few_ulps(backend, kind):
     wide = (t.double() for t in inputs)
     exact = pk.importance_weights(*wide, kind=kind, high=1e38, backend="torch").weights
     error = ((weights.double() - exact).abs() / ulp(exact, torch.float32)).max()
-    assert error < (3 if kind == "icepop" or backend == "triton" else 0.51)
+    if kind == "icepop":
+        assert error < 4
+    else:
+        assert error < (3 if backend == "triton" else 0.51)
 
 
 @KINDS
