@@ -129,7 +129,10 @@ WIDE_LOADS = {
     "logprob": {"sum_segments": 4, "make_gradient": 4},
     # Two dtypes at once are read one by one.
     "categorical_kl": {r"sum_segments<\w+, false": 4, r"make_gradient<\w+, false": 4},
-    "losses": {"pass_over_tokens": 3 * 3 * 2, "scale_tokens": 3},
+    "losses": {
+        r"pass_over_tokens<\w+, (Policy|Squared)\w+": 3 * 3 * 2,
+        **{r"pass_over_tokens<\w+, Importance\w+": 2 * 3 * 2, "scale_tokens": 3},
+    },
     "ppo_rows": {"score_and_differentiate": 4},
     "kl": {"estimate": 2 * 3, "differentiate": 2 * 3, "penalize": 2 * 3},
     "moments": {
