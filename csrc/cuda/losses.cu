@@ -141,7 +141,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
   typename Loss::template OfSequence<Terms<T>> sequence(loss);
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     if (!is_live(c.mask.view, run.row, i)) continue;
-    sequence.add(read_one<T>(c.live.view, run.row, i), read_one<T>(c.constant.view, run.row, i),
+    sequence.add(read_one<T>(c.live.view, run.row, i),
+                 c.constant.view.data ? read_one<T>(c.constant.view, run.row, i) : T(0),
                  c.target_per_sequence ? read_one<T>(c.target.view, 0, s)
                                        : read_one<T>(c.target.view, run.row, i));
   }
