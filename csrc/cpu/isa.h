@@ -11,6 +11,6 @@ std::vector<std::string> supported_isas();  // built in and runnable on this pro
 const KernelTable& active();
 void set_isa(
     const std::string& name);  // throws std::invalid_argument for a level that cannot run here
-bool is_intel();  // the maker of the processor
+bool is_intel();               // the maker of the processor
 
 }  // namespace ppok
