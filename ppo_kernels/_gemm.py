@@ -16,6 +16,7 @@ from torch import Tensor
 from . import cpu
 
 LIBRARIES = ("torch", "onednn")
+_OPERATOR = "_linear_pointwise"  # of torch.ops.mkldnn; what Inductor makes of a linear layer
 # Rows of the weight at a time. With more, what oneDNN gives leaves the cache before it is copied or
 # added. torch.mm takes all rows, unless they are made wide first.
 BLOCK = {"torch": 8192, "onednn": 1024}
@@ -31,7 +32,8 @@ def library() -> str:
     cannot be had.
     """
     asked = os.environ.get("PPO_KERNELS_CPU_GEMM")
-    available = LIBRARIES if torch.backends.mkldnn.is_available() else LIBRARIES[:1]
+    onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, _OPERATOR)
+    available = LIBRARIES if onednn else LIBRARIES[:1]
     if asked:
         if asked not in available:
             raise ValueError(
@@ -100,6 +102,6 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Some other layouts oneDNN multiplies by code it has for reference, hundreds of times slower; of
     a bias it does not heed the stride.
     """
-    pointwise = torch.ops.mkldnn._linear_pointwise
-    product: Tensor = pointwise(x.contiguous(), weight, bias, "none", [], "")
+    linear_pointwise = getattr(torch.ops.mkldnn, _OPERATOR)
+    product: Tensor = linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
     return product

@@ -1,5 +1,7 @@
 """The products of a head on a CPU, by either library."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from device import DEVICE, seeded
@@ -120,6 +122,17 @@ def test_the_choice_follows_the_processor(monkeypatch, intel, capability, mkl, m
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
     assert _gemm.library.__wrapped__() == chosen
+
+
+@available
+def test_a_torch_without_the_operator_multiplies_by_itself(monkeypatch):
+    monkeypatch.delenv("PPO_KERNELS_CPU_GEMM", raising=False)
+    monkeypatch.setattr(pk.cpu, "is_intel", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert _gemm.library.__wrapped__() == "onednn"
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    assert _gemm.library.__wrapped__() == "torch"
 
 
 def test_the_environment_overrides_it(monkeypatch):
