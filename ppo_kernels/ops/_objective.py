@@ -56,10 +56,6 @@ class Objective(NamedTuple):
         )
 
     @property
-    def arguments(self) -> tuple[Any, ...]:
-        return *self[:-2], *self.policy, *self.frame
-
-    @property
     def whole_sequences(self) -> bool:
         """Whether the loss of a token depends on other tokens."""
         return self.policy.variant.kind != "token"
@@ -73,6 +69,12 @@ class Objective(NamedTuple):
         """With one advantage for each token."""
         batch = Batch(tokens, self.frame)
         return self._replace(advantages=batch.select(self.advantages, self.advantages.dtype))
+
+
+def arguments(o: Objective) -> tuple[Any, ...]:
+    """Those of `SCHEMA`. A function: torch 2.6 compiles no properties of named tuples."""
+    *own, policy, frame = o
+    return *own, *policy, *frame
 
 
 def check(
@@ -124,10 +126,14 @@ def check(
     if ref_logprobs is not None:
         ref_logprobs = _not_wider(ref_logprobs, dtype)
     live = tokens != ignore_index
+    # Field by field: torch 2.6 compiles neither slices of named tuples nor their _replace.
+    frame = Frame(
+        live if mask is None else live & (mask != 0), frame.cu_seqlens, frame.aggregation,
+        frame.denominator, frame.divisor, frame.norm_length, frame.needs_gradient,
+    )  # fmt: skip
     return Objective(
         old_logprobs, advantages, ref_logprobs, loss_scale, bool(entropy or entropy_coef),
-        float(entropy_coef), float(kl_coef), kl_estimator, kl_gradient, policy,
-        frame._replace(mask=live if mask is None else live & (mask != 0)),
+        float(entropy_coef), float(kl_coef), kl_estimator, kl_gradient, policy, frame,
     )  # fmt: skip
 
 

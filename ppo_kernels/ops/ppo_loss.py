@@ -151,11 +151,10 @@ def ppo_loss_from_logits(
             softcap, logit_scale, ignore_index, o.entropy,
         )  # fmt: skip
         return _result(o, *_objective.reference(logprobs, entropies, o), logprobs, entropies)
-    needs = torch.is_grad_enabled() and logits.requires_grad
-    o = o._replace(frame=o.frame._replace(needs_gradient=needs))
+    needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     result = _FROM_LOGITS(
         logits, tokens, temperatures, scalar, softcap or 0.0, float(logit_scale), inplace,
-        *o.arguments, served_by,
+        *_objective.arguments(o)[:-1], needs_gradient, served_by,
     )  # fmt: skip
     return _result(o, *result[:5])
 
@@ -278,7 +277,7 @@ def ppo_loss_from_hidden(
     needs = [recorded and t is not None and t.requires_grad for t in leaves]
     result = _FROM_HIDDEN(
         *leaves, tokens, temperatures, scalar, softcap or 0.0, float(logit_scale), vocab, chunk,
-        needs, *o.arguments, served_by,
+        needs, *_objective.arguments(o), served_by,
     )  # fmt: skip
     return _result(o, *result[:5])
 
