@@ -58,7 +58,7 @@ class Objective(NamedTuple):
     @property
     def whole_sequences(self) -> bool:
         """Whether the loss of a token depends on other tokens."""
-        return self.policy.variant.kind != "token"
+        return _policy.variant_of(self.policy).kind != "token"
 
     @property
     def kl_clamp(self) -> float:

@@ -28,13 +28,15 @@ class Policy(NamedTuple):
     log_ratio_clamp: float | None
     code: int
 
-    @property
-    def name(self) -> str:
-        return next(name for name, variant in VARIANTS.items() if variant.code == self.code)
 
-    @property
-    def variant(self) -> Variant:
-        return VARIANTS[self.name]
+def name_of(policy: Policy) -> str:
+    """A function, as is `variant_of`: torch 2.6 compiles no properties of named tuples."""
+    name, *_ = [name for name, variant in VARIANTS.items() if variant.code == policy.code]
+    return name
+
+
+def variant_of(policy: Policy) -> Variant:
+    return VARIANTS[name_of(policy)]
 
 
 class PolicyInput(NamedTuple):
@@ -259,9 +261,9 @@ def policy(
 
 def sequences(policy: Policy, live_name: str, live: Tensor, cu_seqlens: Tensor | None) -> None:
     """Checks that there are sequences if the variant needs them."""
-    if policy.variant.kind == "sequence" and live.dim() == 1 and cu_seqlens is None:
+    if variant_of(policy).kind == "sequence" and live.dim() == 1 and cu_seqlens is None:
         raise ValueError(
-            f"cu_seqlens: expected offsets, as variant {policy.name!r} needs the sequences of "
+            f"cu_seqlens: expected offsets, as variant {name_of(policy)!r} needs the sequences of "
             f"packed {live_name}, got None"
         )
 

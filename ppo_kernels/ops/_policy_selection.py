@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._policy import Policy, PolicyInput
+from ._policy import Policy, PolicyInput, variant_of
 
 
 class Selection(NamedTuple):
@@ -43,7 +43,7 @@ def selection(
 @torch.no_grad()
 def clip_cov(tokens: PolicyInput, policy: Policy, how: Selection) -> Tensor:
     """The advantages, 0 for the picked tokens: so are then their loss and their gradient."""
-    made = policy.variant.reference(tokens, policy)
+    made = variant_of(policy).reference(tokens, policy)
     clipped = made.above_high | made.below_low | made.above_dual
     covariance = _covariance(tokens)
     candidates = tokens.batch.live & ~clipped & tokens.x.exp().isfinite()

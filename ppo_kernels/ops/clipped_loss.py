@@ -198,7 +198,7 @@ def reference(
     frame: Frame,
 ) -> tuple[Tensor, Tensor]:
     tokens = _policy.inputs(Batch(logprobs, frame), logprobs, old_logprobs, advantages, policy)
-    made = policy.variant.reference(tokens, policy)
+    made = _policy.variant_of(policy).reference(tokens, policy)
     return tokens.batch.aggregate(made.loss, frame), _stats(tokens, made)
 
 
