@@ -350,6 +350,7 @@ on_cpu = pytest.mark.skipif(
 
 
 def assert_bits_of_two_passes(monkeypatch, example, **settings):
+    monkeypatch.setattr(ppo_loss, "IN_CACHE", -1)
     got = loss_rows.outcome("cpu", *example, **settings)
     with monkeypatch.context() as patch:
         patch.setattr(ppo_loss, "_rows_at_once", lambda *args: None)
@@ -404,11 +405,13 @@ def test_a_loss_of_tokens_reads_its_rows_once(monkeypatch):
         return called[-1]
 
     monkeypatch.setattr(ppo_loss, "_rows_at_once", spy)
-    loss_rows.outcome("cpu", *loss_rows.inputs())
+    loss_rows.outcome("cpu", *loss_rows.inputs(vocab=30_000))
     assert len(called) == 1
     assert called[0] is not None
-    loss_rows.outcome("cpu", *loss_rows.inputs(), variant="gspo")
+    loss_rows.outcome("cpu", *loss_rows.inputs(vocab=30_000), variant="gspo")
     assert len(called) == 1
+    loss_rows.outcome("cpu", *loss_rows.inputs())  # in the cache anyway
+    assert called[1:] == [None]
 
 
 # ---- hidden states -------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ class Kernels(NamedTuple):
 
     Attributes:
         backward_into: logprob_backward, with the tensor it is to write as first argument.
-        rows_at_once: From rows of logits to their log-probabilities, entropies and gradient, if
-            there is a kernel for it; it may decline.
+        rows_at_once: From rows of logits to their log-probabilities, entropies and gradient; it may
+            decline.
     """
 
     rows: Rows
@@ -36,7 +36,7 @@ class Kernels(NamedTuple):
     kl_forward: Callable[..., Tensor]
     kl_backward: Callable[..., Tensor]
     masked_sum: Callable[..., tuple[Tensor, Tensor]]
-    rows_at_once: Callable[..., tuple[Tensor, Tensor] | None] | None = None
+    rows_at_once: Callable[..., tuple[Tensor, Tensor] | None]
 
 
 def ppo_loss_from_logits(native: Native, *args: Any) -> tuple[Tensor, ...]:
@@ -63,11 +63,18 @@ def _kernels(native: Native) -> Kernels:
     )
 
 
+# Bytes of logits that a CPU's caches hold from one pass to the next.
+IN_CACHE = 1 << 20
+
+
 def _rows_at_once(
     native: Native, grad_logits: Tensor, logits: Tensor, labels: tuple[Any, ...],
     settings: tuple[Any, ...], o: Objective, tail: Tail,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """See `Kernels`: on a GPU None if a row does not fit on the chip, or rows do not fill it."""
+    """See `Kernels`: None where two passes do as well.
+
+    On a GPU if a row does not fit on the chip or rows do not fill it, on a CPU if logits are few.
+    """
     tokens, _, temperatures = labels
     vocab = logits.shape[-1]
     target = native.target()
@@ -76,6 +83,8 @@ def _rows_at_once(
         *_, processors, _ = target
         if tokens.numel() < processors or not fit(vocab, DTYPE_CODES[logits.dtype]):
             return None
+    elif logits.numel() * logits.element_size() <= IN_CACHE:
+        return None
     o = o.by_tokens(tokens)
     logprobs = native.empty(tokens.shape, tail.dtype)
     entropies = native.empty(tokens.shape if o.entropy else (0,), tail.dtype)
@@ -120,7 +129,7 @@ def from_logits(
     if not overwrite:
         grad = k.rows.empty_large(logits.shape if needs_gradient else (0,), logits.dtype)
     at_once = None
-    if needs_gradient and k.rows_at_once and not o.whole_sequences:
+    if needs_gradient and not o.whole_sequences:
         at_once = k.rows_at_once(grad, logits, labels, settings, o, tail)
     if at_once is not None:
         logprobs, entropies = at_once
