@@ -359,11 +359,12 @@ def assert_bits_of_two_passes(monkeypatch, example, **settings):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
-@on_cpu
+@pytest.mark.parametrize("name", [e for e in EXECUTORS if e.startswith("cpu")])
 @pytest.mark.parametrize("settings", loss_rows.SETTINGS, ids=str)
-def test_one_pass_gives_the_bits_of_two(monkeypatch, settings):
+def test_one_pass_gives_the_bits_of_two(monkeypatch, settings, name):
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        assert_bits_of_two_passes(monkeypatch, loss_rows.inputs(dtype=dtype), **settings)
+        with executor(name):
+            assert_bits_of_two_passes(monkeypatch, loss_rows.inputs(dtype=dtype), **settings)
 
 
 @on_cpu
